@@ -1,0 +1,248 @@
+"""From warm-up to transition: one stream's absorption, stage by stage, every stage observable.
+
+    full ──begin──► warm-up ──T_warm frames──► absorbed ──recalibrate──► warm-up …
+
+During the warm-up every F-layer's local and full attention outputs are summed up. At the transition each layer is solved,
+the layers are ranked by their error, and the K best become L-layers: history freed, correction on. Layers are never
+written to for good: leaving the session, also by an exception, restores the original weights bit for bit.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ispa_deploy.absorb.presets import Settings
+from ispa_deploy.absorb.solve import Solution, solve
+from ispa_deploy.absorb.stats import Statistics
+from ispa_deploy.cache import KVCache
+from ispa_deploy.delta import Delta, DeltaTarget
+from ispa_deploy.errors import InputError
+from ispa_deploy.policies import Policy
+from ispa_deploy.regions import region
+
+
+@dataclass
+class LayerRecord:
+    """What is known of one layer: its solution, the score it was ranked by (None: unscored) and whether it is local."""
+
+    solution: Solution | None = None
+    score: float | None = None
+    local: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        solution = self.solution
+        fields = ("ridge", "condition", "effective_rank", "residual", "gap", "status")
+        details = {name: getattr(solution, name) for name in fields} if solution else {}
+        return {"kind": "L" if self.local else "F", "score": self.score, **details}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which layers become local: `ratio` of them by rank, or exactly `layers`."""
+
+    ratio: float = 0.5
+    layers: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise InputError(f"ratio {self.ratio}: expected a share of the layers between 0 and 1")
+
+    def count(self, layers: int) -> int:
+        return int(self.ratio * layers + 0.5) if self.layers is None else len(self.layers)
+
+
+@dataclass
+class Absorber:
+    """The absorption of one stream. `targets` are the layers' output projections, first layer first."""
+
+    targets: Sequence[DeltaTarget]
+    cache: KVCache
+    policy: Policy
+    settings: Settings = field(default_factory=Settings)
+    choice: Choice = field(default_factory=Choice)
+    mode: str = "auto"
+    dtype: torch.dtype = torch.float32
+    stats_device: str | None = None
+
+    def __post_init__(self) -> None:
+        spec = self.cache.spec
+        self.state = "full"
+        self.records = [LayerRecord() for _ in self.targets]
+        self.deltas: dict[int, Delta] = {}
+        self._early: list[Statistics] = []
+        self._late: list[Statistics] = []
+        self._active: list[Statistics] | None = None
+        self._since = 0
+        self._stride = 1
+        if not self.policy.localises:
+            return
+        self.settings.check(spec.chunk_frames, spec.first_chunk_frames or spec.chunk_frames)
+        bad = [layer for layer in self.choice.layers or () if not 0 <= layer < len(self.targets)]
+        if bad:
+            raise InputError(f"layers {bad}: this model has layers 0 to {len(self.targets) - 1}")
+
+    # -- driven by the stream
+
+    @contextmanager
+    def session(self) -> Iterator[Absorber]:
+        """A stream's life: on the way out, whatever happened, every layer carries its original weight again."""
+        try:
+            if self.policy.localises and self.state == "full":
+                self._start_warmup(0)
+            yield self
+        finally:
+            self.cache.observer = None
+            for target in self.targets:
+                target.set_delta(None)
+
+    def before_chunk(self, start: int, count: int) -> None:
+        """Called when the cache has begun the chunk: decides where this chunk's rows go."""
+        if self.state != "warm-up" or not self._early:
+            return
+        if self.settings.half_life is not None:
+            for stats in (*self._early, *self._late):
+                stats.scale(0.5 ** (count / self.settings.half_life))
+        last = start + count - self._since >= self.settings.warmup
+        self._active = self._late if last else self._early
+        has_history = start > 0
+        self.cache.observer = self._observe if has_history or self.settings.all_rows else None
+
+    def after_chunk(self, end: int) -> None:
+        """Called when the chunk is committed; at the end of the warm-up this is the transition."""
+        self.cache.observer = None
+        if self.state == "warm-up" and end - self._since >= self.settings.warmup:
+            with region("overhead.solve"):
+                self._transition()
+
+    def recalibrate(self, frame: int) -> None:
+        """Back to full attention with what is cached, corrections off, and a new warm-up from `frame` on."""
+        if not self.policy.localises:
+            return
+        for layer, target in enumerate(self.targets):
+            target.set_delta(None)
+            if self.cache.is_local(layer):
+                self.cache.globalise(layer)
+        self.records = [LayerRecord() for _ in self.targets]
+        self.deltas = {}
+        self._start_warmup(frame)
+
+    def adopt(self, deltas: dict[int, Delta]) -> None:
+        """Start absorbed: apply stored corrections to their layers before the first chunk, without a warm-up."""
+        self.state = "absorbed"
+        for layer, delta in deltas.items():
+            self._localise(layer, delta)
+
+    # -- stages
+
+    def _start_warmup(self, frame: int) -> None:
+        self.state, self._since = "warm-up", frame
+        if not self._needs_statistics():
+            return
+        kind = torch.float64 if self.settings.double else torch.float32
+        weights = [target.reference_weight() for target in self.targets]
+        self._early, self._late = (
+            [Statistics(weight, dtype=kind, device=self.stats_device) for weight in weights] for _ in range(2)
+        )
+        self._stride = self._row_stride(weights[0].shape[1])
+
+    def _needs_statistics(self) -> bool:
+        ranked = self.choice.layers is None and self.settings.ranking != "random"
+        return (self.policy.absorbs or ranked) and self.choice.count(len(self.targets)) > 0
+
+    def _row_stride(self, width: int) -> int:
+        if self.settings.rows_per_width is None:
+            return 1
+        spec = self.cache.spec
+        passes = len(spec.steps) + 1
+        rows = (self.settings.warmup - spec.chunk_frames) * self.cache.frame_tokens * passes
+        return max(1, rows // (self.settings.rows_per_width * width))
+
+    def _observe(self, layer: int, local: Tensor, full: Tensor) -> None:
+        with region("overhead.statistics"):
+            assert self._active is not None
+            if local.shape[0] != 1:
+                raise InputError(
+                    f"absorption is per video: expected a batch of 1, got {local.shape[0]}; run one stream each"
+                )
+            a = local[0, :: self._stride].flatten(1)
+            gap = full[0, :: self._stride].flatten(1).float() - a.float()
+            self._active[layer].update(a, gap, weight=self._stride)
+
+    def _transition(self) -> None:
+        count = self.choice.count(len(self.targets))
+        if self._early:
+            for layer in range(len(self.targets)):
+                self.records[layer] = self._solve(layer)
+        for layer in self._ranked():
+            if sum(record.local for record in self.records) == count:
+                break
+            solution = self.records[layer].solution
+            if not self.policy.absorbs:
+                self._localise(layer, None)
+            elif solution is not None and not solution.failed:
+                self._localise(layer, self._delta(solution))
+        self._early, self._late, self._active = [], [], None
+        self.state = "absorbed"
+
+    def _solve(self, layer: int) -> LayerRecord:
+        """Fit on all rows; the score is the error in sample, or that of a fit to the early rows on the late ones."""
+        settings, early, late = self.settings, self._early[layer], self._late[layer]
+        solution = solve(early + late, settings.ridge, intercept=settings.intercept)
+        score = None if solution.failed else solution.residual
+        if settings.ranking == "heldout" and not solution.failed:
+            trial = solve(early, settings.ridge, intercept=settings.intercept)
+            score = None if trial.weight is None else late.residual(trial.weight, trial.bias)
+        return LayerRecord(solution, score)
+
+    def _ranked(self) -> list[int]:
+        """Layers in the order in which they become local."""
+        layers = list(range(len(self.targets)))
+        if self.choice.layers is not None:
+            return list(self.choice.layers)
+        if self.settings.ranking == "random":
+            random.Random(self.choice.seed).shuffle(layers)
+            return layers
+        scored = [layer for layer in layers if self.records[layer].score is not None]
+        return sorted(scored, key=lambda layer: self.records[layer].score or 0.0)
+
+    def _delta(self, solution: Solution) -> Delta:
+        """Rounded here, before its first use, to what would be stored: a stored delta is the delta that ran."""
+        assert solution.weight is not None
+        device = self.cache.device
+        bias = solution.bias.float().to(device) if solution.bias is not None else None
+        return Delta(solution.weight.to(self.dtype).to(device), bias)
+
+    def _localise(self, layer: int, delta: Delta | None) -> None:
+        self.cache.localise(layer, self.policy.sink, self.cache.recent)
+        self.records[layer].local = True
+        if delta is not None:
+            self.deltas[layer] = delta
+            self.targets[layer].set_delta(delta, self.mode)
+
+    # -- observed by reports
+
+    def local_layers(self) -> list[int]:
+        return [layer for layer, record in enumerate(self.records) if record.local]
+
+    def statistics_bytes(self) -> int:
+        return sum(stats.nbytes() for stats in (*self._early, *self._late))
+
+    def delta_bytes(self) -> int:
+        return sum(target.delta_nbytes() for target in self.targets)
+
+    def report(self) -> dict[str, Any]:
+        """State, chosen layers and every layer's record, as plain JSON types."""
+        return {
+            "policy": self.policy.name,
+            "state": self.state,
+            "local_layers": self.local_layers(),
+            "layers": [record.to_dict() for record in self.records],
+        }

@@ -1,0 +1,62 @@
+"""Settings of an absorption, with the paper's and ours as presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ispa_deploy.absorb.solve import Ridge
+from ispa_deploy.errors import InputError, known_names
+
+RANKINGS = ("epsilon", "heldout", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How statistics are collected, solved and ranked.
+
+    `warmup` frames are watched before the transition. `half_life` (frames) lets older rows fade, None keeps all equal.
+    `all_rows` also counts chunks that have no history yet, whose gap is exactly zero. `ranking`: `epsilon` is the error on
+    the rows of the fit, `heldout` the error on the last warm-up chunk of a fit to the ones before. `rows_per_width`: rows are
+    subsampled by a stride that keeps at least this many times the layer's width; None keeps every row.
+    """
+
+    warmup: int = 12
+    ridge: Ridge = Ridge(relative=1e-2)
+    half_life: float | None = 3.0
+    intercept: bool = True
+    all_rows: bool = False
+    ranking: str = "heldout"
+    rows_per_width: int | None = 8
+    double: bool = False
+
+    def check(self, chunk: int, first: int) -> None:
+        """InputError unless the warm-up holds the chunks this kind of fit needs."""
+        if self.ranking not in RANKINGS:
+            raise known_names("ranking", self.ranking, RANKINGS)
+        needed = first + (2 if self.ranking == "heldout" else 1) * chunk
+        if self.warmup < needed or (self.warmup - first) % chunk:
+            raise InputError(
+                f"warm-up of {self.warmup} frames: ranking '{self.ranking}' needs at least {needed} frames in whole chunks "
+                f"({first} + a multiple of {chunk})"
+            )
+
+
+PRESETS: dict[str, Settings] = {
+    "paper": Settings(
+        ridge=Ridge(absolute=1e-3),
+        half_life=None,
+        intercept=False,
+        all_rows=True,
+        ranking="epsilon",
+        rows_per_width=None,
+    ),
+    "tuned": Settings(),
+}
+
+
+def settings_for(preset: str, **changes: Any) -> Settings:
+    """A preset with some fields replaced (None leaves a field alone); an unknown preset lists the known ones."""
+    if preset not in PRESETS:
+        raise known_names("preset", preset, PRESETS)
+    return replace(PRESETS[preset], **{key: value for key, value in changes.items() if value is not None})

@@ -1,0 +1,174 @@
+"""Attention that also returns its log-sum-exp, and the merge that joins disjoint key sets (paper section 3.4, eq. 9-12).
+
+Legend: B batch, Q queries, K keys, H heads, D head width. Unmasked, scaled by 1/sqrt(D), natural logarithm.
+`attend(q, near)` merged with `attend(q, far)` is `attend(q, near + far)`: one pass over both key sets yields the local
+output and the full one. Keys are partitioned, never masked: on CPU a fully masked row reports lse 0, which a merge would
+believe. Only this file knows the kernels; each is imported and probed on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ispa_deploy.errors import InputError, known_names
+from ispa_deploy.regions import region
+
+
+class Attended(NamedTuple):
+    """Attention output and its log-sum-exp: `out` (B, Q, H, D) in the dtype of q, `lse` (B, Q, H) float32 (float64 for
+    float64 inputs), -inf where no key was seen."""
+
+    out: Tensor
+    lse: Tensor
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor], Attended]
+_BACKENDS: dict[str, Kernel] = {}
+
+
+def _backend(name: str) -> Callable[[Kernel], Kernel]:
+    def register(kernel: Kernel) -> Kernel:
+        _BACKENDS[name] = kernel
+        return kernel
+
+    return register
+
+
+@_backend("reference")
+def _reference(q: Tensor, k: Tensor, v: Tensor) -> Attended:
+    """Dense softmax in float64: slow, exact, any device."""
+    scores = torch.einsum("bqhd,bkhd->bqhk", q.double(), k.double()) * q.shape[-1] ** -0.5
+    lse = scores.logsumexp(-1)
+    out = torch.einsum("bqhk,bkhd->bqhd", (scores - lse.unsqueeze(-1)).exp(), v.double())
+    return Attended(out.to(q.dtype), lse.to(_lse_dtype(q)))
+
+
+@_backend("cpu-flash")
+def _cpu_flash(q: Tensor, k: Tensor, v: Tensor) -> Attended:
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = op(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, False)
+    return Attended(out.transpose(1, 2), lse.transpose(1, 2))
+
+
+@_backend("cudnn")
+def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Attended:
+    op = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out, lse, *_ = op(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True)
+    return Attended(out.transpose(1, 2), lse.reshape(lse.shape[:3]).transpose(1, 2))
+
+
+@_backend("cuda-flash")
+def _cuda_flash(q: Tensor, k: Tensor, v: Tensor) -> Attended:
+    op = torch.ops.aten._scaled_dot_product_flash_attention
+    out, lse, *_ = op(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return Attended(out.transpose(1, 2), lse.transpose(1, 2))
+
+
+@_backend("cuda-efficient")
+def _cuda_efficient(q: Tensor, k: Tensor, v: Tensor) -> Attended:
+    op = torch.ops.aten._scaled_dot_product_efficient_attention
+    out, lse, *_ = op(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True)
+    return Attended(out.transpose(1, 2), lse[..., : q.shape[1]].transpose(1, 2))
+
+
+@_backend("flash-attn-3")
+def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Attended:
+    try:
+        from fa3_fwd_interface import _flash_attn_forward
+    except ImportError:
+        from flash_attn_interface import _flash_attn_forward
+    out, lse, *_ = _flash_attn_forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5)
+    return Attended(out, lse.transpose(1, 2))
+
+
+@_backend("flash-attn-2")
+def _flash_attn_2(q: Tensor, k: Tensor, v: Tensor) -> Attended:
+    from flash_attn import flash_attn_func
+
+    out, lse, *_ = flash_attn_func(q, k, v, return_attn_probs=True)
+    return Attended(out, lse.transpose(1, 2))
+
+
+_HALF = (torch.bfloat16, torch.float16)
+# Preference on CUDA by compute capability: cuDNN leads on Hopper, flash on Ampere and Blackwell; fp32 has one kernel.
+_CUDA_ORDER = {
+    True: ("cudnn", "flash-attn-3", "flash-attn-2", "cuda-flash", "cuda-efficient"),
+    False: ("flash-attn-2", "cuda-flash", "cudnn", "cuda-efficient"),
+}
+
+
+def backends() -> tuple[str, ...]:
+    """Names that `attend` accepts beside `auto`."""
+    return tuple(_BACKENDS)
+
+
+def works(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether a backend runs here: tried once on a small input and compared with the float64 reference."""
+    return _probe(name, device, dtype, head_dim) is None
+
+
+@cache
+def _probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None when the backend works, else the first line of why not."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, head_dim, generator=generator).to(device, dtype) for n in (64, 96, 96))
+    try:
+        got, want = _BACKENDS[name](q, k, v), _reference(q, k, v)
+    except (ImportError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    if got.lse.shape != want.lse.shape or not torch.allclose(got.lse.float(), want.lse.float(), atol=2e-2):
+        return "its log-sum-exp differs from the reference"
+    return (
+        None
+        if torch.allclose(got.out.float(), want.out.float(), atol=3e-2)
+        else "its output differs from the reference"
+    )
+
+
+@cache
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend that `auto` means for this device, dtype and head width."""
+    if device.type == "cpu":
+        return "cpu-flash"
+    if device.type == "cuda":
+        hopper = torch.cuda.get_device_capability(device)[0] == 9
+        order = _CUDA_ORDER[hopper] if dtype in _HALF else ("cuda-efficient",)
+        for name in order:
+            if works(name, device, dtype, head_dim):
+                return name
+    return "reference"
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", mark: str = "attention.kernel") -> Attended:
+    """Attention of q (B, Q, H, D) over k, v (B, K, H, D); K = 0 gives zeros with lse -inf.
+
+    `mark` is the row of the latency breakdown that owns the time.
+    """
+    if k.shape[1] == 0:  # the CPU kernel dies on an empty key set
+        return Attended(torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=_lse_dtype(q)))
+    name = choose(q.device, q.dtype, q.shape[-1]) if backend == "auto" else backend
+    if name not in _BACKENDS:
+        raise known_names("attention backend", name, _BACKENDS)
+    if backend != "auto" and (why := _probe(name, q.device, q.dtype, q.shape[-1])):
+        raise InputError(f"attention backend '{name}' does not run on {q.device} with {q.dtype}: {why}; use 'auto'")
+    with region(mark):
+        return _BACKENDS[name](q, k, v)
+
+
+def merge(a: Attended, b: Attended) -> Attended:
+    """Join attention over two disjoint key sets (paper eq. 11-12); weights and sum in float32, or float64 for float64."""
+    with region("attention.merge"):
+        wide = _lse_dtype(a.out)
+        # Two empty sets give -inf - -inf = nan: any weight serves there, both outputs are zero.
+        share = torch.sigmoid((a.lse - b.lse).nan_to_num(nan=0.0)).to(wide).unsqueeze(-1)
+        out = torch.lerp(b.out.to(wide), a.out.to(wide), share).to(a.out.dtype)
+        return Attended(out, torch.logaddexp(a.lse, b.lse))

@@ -1,0 +1,319 @@
+"""Keys and values of one stream: what each layer holds, where the current chunk is written, what a query sees.
+
+Legend: B batch, T tokens of a frame, S = F * T tokens of the current chunk, H heads, D head width.
+Everything is allocated up front; no pass concatenates. A layer is one of two things:
+
+- `WindowCache` (F-layer): the model's whole window in one buffer. The current chunk is written in place and attention is
+  one call over the filled part. While an observer listens, the same keys are attended as local and history parts and
+  merged, which is exact and yields both outputs (paper section 3.4).
+- `LocalCache` (L-layer): frame 0 and r recent frames. The current chunk is transient: all L-layers share one scratch
+  [sink | recent | current], reported apart from the persistent bytes.
+
+The model hands over queries and keys before rotation. With `rope = absolute` keys are stored rotated; with `window` they
+are stored as they come and rotated on every read at their slot in the window, into one shared scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ispa_deploy.attention import attend, merge
+from ispa_deploy.errors import InputError
+from ispa_deploy.regions import region
+from ispa_deploy.rope import Rope, rotate
+from ispa_deploy.slots import Range, WindowSlots
+from ispa_deploy.specs import ModelSpec
+
+Observer = Callable[[int, Tensor, Tensor], None]
+
+
+class Frames(Protocol):
+    """What the layer caches ask of the stream's cache: this chunk's frames and their rotations."""
+
+    start: int
+    count: int
+    committing: bool
+    observer: Observer | None
+    local_sink: int
+    backend: str
+
+    def stored(self, k: Tensor) -> Tensor: ...
+    def seen(self, k: Tensor, frames: list[int]) -> Tensor: ...
+    def scratch(self, name: str, frames: int) -> Tensor: ...
+
+
+class WindowCache:
+    """An F-layer's window: buffers (B, W, T, H, D) and the table of what lies where."""
+
+    def __init__(self, shape: tuple[int, ...], slots: WindowSlots, ema: float | None, options: dict[str, object]):
+        batch, tokens, heads, width = shape
+        self.slots, self._ema, self._tokens = slots, ema, tokens
+        self.k = torch.zeros(batch, slots.capacity, tokens, heads, width, **options)  # type: ignore[arg-type]
+        self.v = torch.zeros_like(self.k)
+
+    def begin(self, start: int, count: int) -> None:
+        """Evict and move so that the chunk's slots are free."""
+        room = self.slots.begin(start, count)
+        if self._ema is not None and room.evicted:
+            self._feed_sink(room.evicted)
+        for source, target in room.moves:
+            for buffer in (self.k, self.v):
+                buffer[:, target].copy_(buffer[:, source])
+
+    def _feed_sink(self, evicted: tuple[int, ...]) -> None:
+        """Reward-Forcing: the sink frames absorb what the window drops, slot by slot, oldest first."""
+        sink = [self.slots.frames.index(frame) for frame in range(self.slots.sink)]
+        alpha = self._ema if len(evicted) == len(sink) else 0.0
+        assert alpha is not None
+        for slot, old in zip(sink, evicted, strict=False):
+            for buffer in (self.k, self.v):
+                mixed = buffer[:, slot].float() * alpha + buffer[:, old].float() * (1 - alpha)
+                buffer[:, slot].copy_(mixed)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, frames: Frames) -> Tensor:
+        with region("attention.cache"):
+            first, last = self.slots.current
+            self.k[:, first:last] = frames.stored(k).unflatten(1, (-1, self._tokens))
+            self.v[:, first:last] = v.unflatten(1, (-1, self._tokens))
+        held = self.slots.filled
+        keys = frames.seen(self.k[:, :held], self.slots.frames[:held])
+        if frames.observer is None:
+            return attend(q, keys.flatten(1, 2), self.v[:, :held].flatten(1, 2), backend=frames.backend).out
+        near = self.slots.local(frames.start, frames.local_sink)
+        local = self._attend(q, keys, near, frames.backend)
+        full = local
+        for part in self.slots.rest(near):
+            full = merge(full, self._attend(q, keys, (part,), frames.backend))
+        frames.observer(layer, local.out, full.out)
+        return full.out
+
+    def _attend(self, q: Tensor, keys: Tensor, ranges: tuple[Range, ...], backend: str):  # type: ignore[no-untyped-def]
+        parts = [
+            attend(q, keys[:, a:b].flatten(1, 2), self.v[:, a:b].flatten(1, 2), backend=backend) for a, b in ranges
+        ]
+        whole = parts[0]
+        for part in parts[1:]:
+            whole = merge(whole, part)
+        return whole
+
+    def nbytes(self) -> int:
+        return self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes()
+
+
+class LocalCache:
+    """An L-layer's persistent frames: the first `sink` frames of the stream and the `recent` newest committed ones."""
+
+    def __init__(self, shape: tuple[int, ...], sink: int, recent: int, options: dict[str, object]):
+        batch, tokens, heads, width = shape
+        self.sink, self.recent, self._tokens = sink, recent, tokens
+        self.frames: list[int] = []
+        self.k = torch.zeros(batch, sink + recent, tokens, heads, width, **options)  # type: ignore[arg-type]
+        self.v = torch.zeros_like(self.k)
+
+    def begin(self, start: int, count: int) -> None:
+        """Nothing to move: the current chunk lives in the shared scratch."""
+
+    def keep(self, frames: list[int], k: Tensor, v: Tensor) -> None:
+        """Keep those of `frames` (k, v: (B, F, T, H, D)) that are sink or recent, in place of the oldest recent ones."""
+        for index, frame in enumerate(frames):
+            if frame < self.sink or self.recent:
+                slot = self._slot_for(frame)
+                self.k[:, slot].copy_(k[:, index])
+                self.v[:, slot].copy_(v[:, index])
+
+    def _slot_for(self, frame: int) -> int:
+        if len(self.frames) < self.k.shape[1]:
+            self.frames.append(frame)
+            return len(self.frames) - 1
+        oldest = min(f for f in self.frames if f >= self.sink)
+        slot = self.frames.index(oldest)
+        self.frames[slot] = frame
+        return slot
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, frames: Frames) -> Tensor:
+        held, new = len(self.frames), frames.count
+        with region("attention.cache"):
+            chunk_v = v.unflatten(1, (-1, self._tokens))
+            keys, values = frames.scratch("k", held + new), frames.scratch("v", held + new)
+            if held:
+                keys[:, :held] = frames.seen(self.k[:, :held], self.frames)
+                values[:, :held] = self.v[:, :held]
+            stored = frames.stored(k).unflatten(1, (-1, self._tokens))
+            current = list(range(frames.start, frames.start + new))
+            keys[:, held:] = frames.seen(stored, current)
+            values[:, held:] = chunk_v
+        out = attend(q, keys.flatten(1, 2), values.flatten(1, 2), backend=frames.backend).out
+        if frames.committing and (self.recent or not self.frames):
+            with region("attention.cache"):
+                self.keep(current, stored, chunk_v)
+        return out
+
+    def nbytes(self) -> int:
+        return self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes()
+
+
+class KVCache:
+    """All layers' caches of one stream. The model asks `layer(i)` for its attention; the stream drives the rest.
+
+    `observer(layer, local, full)` listens on F-layers: (B, S, H, D) outputs of attention over local and over all keys.
+    `committing` marks the clean pass, the only writer of history. Shapes other than the spec's own latent size are given
+    by `grid` (rows, columns of tokens).
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        recent: int = 0,
+        local_sink: int = 1,
+        grid: tuple[int, int] | None = None,
+        backend: str = "auto",
+    ):
+        rows, columns = grid or spec.grid
+        self.spec, self.recent, self.local_sink, self.backend = spec, recent, local_sink, backend
+        self.observer: Observer | None = None
+        self.committing = False
+        self.start, self.count = 0, 0
+        self.device, self.frame_tokens = torch.device(device), rows * columns
+        self._shape = (batch, rows * columns, spec.heads, spec.head_dim)
+        self._options: dict[str, object] = {"dtype": dtype, "device": device}
+        self._rope = Rope(spec.head_dim, (rows, columns), theta=spec.rope_theta, device=device)
+        self._turn = torch.empty(0)
+        self._turns: dict[tuple[int, ...], Tensor] = {}
+        self._scratch: dict[str, Tensor] = {}
+        self._layers: list[WindowCache | LocalCache] = [self._window() for _ in range(spec.layers)]
+
+    def _window(self) -> WindowCache:
+        spec = self.spec
+        capacity = spec.window_frames
+        slots = WindowSlots(capacity, spec.sink_frames, spec.chunk_frames, self.recent, spec.rolls)
+        return WindowCache(self._shape, slots, spec.ema_sink, self._options)
+
+    # -- driven by the stream
+
+    def begin(self, start: int, count: int) -> None:
+        """Start a chunk of `count` frames at frame `start`: make room in every layer, fix this chunk's rotations."""
+        limit = self.spec.max_frames
+        if self.spec.rope == "absolute" and start + count > limit:
+            raise InputError(
+                f"frame {start + count - 1} is past this model's {limit} absolute positions: "
+                f"ask for at most {limit} frames, or rotate by window slot (--rope window)"
+            )
+        with region("attention.cache"):
+            for layer in self._layers:
+                layer.begin(start, count)
+        self.start, self.count = start, count
+        with region("overhead.rope"):
+            self._turns.clear()
+            self._rope.forget(start if self.spec.rope == "absolute" else 0)
+            self._turn = self._rope.frames([self.position(frame) for frame in range(start, start + count)])
+
+    def position(self, frame: int) -> int:
+        """Time position of a frame: its index, or its slot in the window that ends with the current chunk."""
+        if self.spec.rope == "absolute" or frame < max(1, self.spec.sink_frames):
+            return frame
+        first = min(self.start, self.spec.window_frames - self.count)
+        return first - (self.start - frame)
+
+    def localise(self, layer: int, sink: int, recent: int) -> None:
+        """Make an F-layer an L-layer: keep its first `sink` and newest `recent` frames, free the rest."""
+        old = self._layers[layer]
+        assert isinstance(old, WindowCache), f"layer {layer} is local already"
+        new = LocalCache(self._shape, sink, recent, self._options)
+        slots = old.slots.temporal()
+        kept = [s for s in slots if old.slots.frames[s] < sink] + (slots[-recent:] if recent else [])
+        kept = list(dict.fromkeys(kept))
+        new.keep([old.slots.frames[s] for s in kept], old.k[:, kept], old.v[:, kept])
+        self._layers[layer] = new
+
+    def globalise(self, layer: int) -> None:
+        """Make an L-layer an F-layer again, with what it still holds and a fresh history."""
+        old = self._layers[layer]
+        assert isinstance(old, LocalCache), f"layer {layer} is an F-layer already"
+        new = self._window()
+        for slot, index in enumerate(sorted(range(len(old.frames)), key=old.frames.__getitem__)):
+            new.k[:, slot].copy_(old.k[:, index])
+            new.v[:, slot].copy_(old.v[:, index])
+        new.slots.resume(sorted(old.frames))
+        self._layers[layer] = new
+
+    # -- asked by the model
+
+    def layer(self, index: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Attention of one layer: q, k, v (B, S, H, D) before rotation -> (B, S, H, D)."""
+        return partial(self._attend, index)
+
+    def cross(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention over the text: q (B, S, H, D), k and v (B, L, H, D) -> (B, S, H, D)."""
+        return attend(q, k, v, backend=self.backend, mark="attention.cross").out
+
+    def _attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with region("overhead.rope"):
+            q = rotate(q, self._turn)
+        return self._layers[index].attend(index, q, k, v, self)
+
+    # -- asked by the layer caches
+
+    def stored(self, k: Tensor) -> Tensor:
+        """The current chunk's keys in the form the cache stores."""
+        if self.spec.rope == "window":
+            return k
+        with region("overhead.rope"):
+            return rotate(k, self._turn)
+
+    def seen(self, k: Tensor, frames: list[int]) -> Tensor:
+        """Stored keys (B, F, T, H, D) of `frames` in the form a query sees; rotated ones lie in a shared scratch."""
+        if self.spec.rope == "absolute":
+            return k
+        with region("overhead.rope"):
+            positions = tuple(self.position(frame) for frame in frames)
+            if positions not in self._turns:
+                self._turns[positions] = self._rope.frames(positions)
+            scratch = self.scratch("rotated", len(frames))
+            scratch.copy_(rotate(k.flatten(1, 2), self._turns[positions]).view_as(scratch))
+            return scratch
+
+    def scratch(self, name: str, frames: int) -> Tensor:
+        """(B, F, T, H, D) of shared, transient space."""
+        held = self._scratch.get(name)
+        if held is None or held.shape[1] < frames:
+            batch, tokens, heads, width = self._shape
+            held = torch.zeros(batch, frames, tokens, heads, width, **self._options)  # type: ignore[arg-type]
+            self._scratch[name] = held
+        return held[:, :frames]
+
+    # -- asked by reports and tests
+
+    def is_local(self, layer: int) -> bool:
+        return isinstance(self._layers[layer], LocalCache)
+
+    def temporal(self, layer: int) -> tuple[list[int], Tensor, Tensor]:
+        """Frames an F-layer holds, oldest first, with their stored keys and values (B, F, T, H, D)."""
+        cache = self._layers[layer]
+        if isinstance(cache, LocalCache):
+            order = sorted(range(len(cache.frames)), key=cache.frames.__getitem__)
+            return [cache.frames[i] for i in order], cache.k[:, order], cache.v[:, order]
+        order = cache.slots.temporal()
+        return [cache.slots.frames[s] for s in order], cache.k[:, order], cache.v[:, order]
+
+    def persistent_bytes(self) -> int:
+        """Bytes allocated for keys and values kept between chunks, over all layers."""
+        return sum(layer.nbytes() for layer in self._layers)
+
+    def scratch_bytes(self) -> int:
+        """Bytes allocated for transient keys and values shared by all layers."""
+        return sum(scratch.untyped_storage().nbytes() for scratch in self._scratch.values())
+
+    def full_bytes(self) -> int:
+        """Bytes `persistent_bytes` reports while every layer is an F-layer."""
+        batch, tokens, heads, width = self._shape
+        one = batch * tokens * heads * width * torch.empty(0, dtype=self._options["dtype"]).element_size()  # type: ignore[call-overload]
+        return int(2 * one * self.spec.window_frames * self.spec.layers)

@@ -1,0 +1,1 @@
+"""Pixels in and out: video files and contact sheets. Import the file you need; nothing is re-exported here."""

@@ -1,0 +1,33 @@
+"""Where an output file goes: checked before any work, written as a temporary sibling, renamed when whole."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from ispa_deploy.errors import InputError
+
+
+def output_path(path: str | Path, suffix: str, what: str) -> Path:
+    """`path` if a file of this kind can be written there, else InputError: wrong suffix, no folder, not writable."""
+    path = Path(path)
+    if path.suffix.lower() != suffix:
+        raise InputError(f"{what} '{path}' has suffix '{path.suffix}': expected '{suffix}', rename the output")
+    if path.is_dir():
+        raise InputError(f"{what} '{path}' is a folder: expected a file name inside it")
+    if not path.parent.is_dir():
+        raise InputError(f"{what} '{path}': its folder does not exist, create '{path.parent}' first")
+    try:
+        # A real file, for permission bits say nothing about read-only mounts, nor to root.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{what} '{path}': folder '{path.parent}' is not writable ({error.strerror}), choose another"
+        ) from None
+    return path
+
+
+def partial_path(path: Path) -> Path:
+    """The hidden sibling that holds `path` until it is whole; on the same disk, so that the rename is atomic."""
+    return path.with_name(f".{path.stem}.partial{path.suffix}")

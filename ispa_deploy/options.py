@@ -1,0 +1,110 @@
+"""Everything that can be asked of a stream, as one value, and the stream built from it.
+
+The CLI's flags, the profiler's configurations and the evaluation's variants are all `StreamOptions`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ispa_deploy.absorb.absorber import Absorber, Choice
+from ispa_deploy.absorb.presets import Settings, settings_for
+from ispa_deploy.absorb.solve import Ridge
+from ispa_deploy.cache import KVCache
+from ispa_deploy.errors import InputError, known_names
+from ispa_deploy.policies import POLICIES, Policy
+from ispa_deploy.sampler import Sampler
+from ispa_deploy.stream import Decoder, Stream, default_noise
+
+if TYPE_CHECKING:
+    from ispa_deploy.delta import Delta
+    from ispa_deploy.model import CausalWanDiT
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions:
+    """Flags of `run`. None means: what the preset says. `delta_dtype` None: the model's own dtype."""
+
+    frames: int = 21
+    seed: int = 0
+    policy: str = "absorb"
+    preset: str = "tuned"
+    ratio: float = 0.5
+    layers: tuple[int, ...] | None = None
+    warmup: int | None = None
+    recent_frames: int = 0
+    window: int | None = None
+    ridge_absolute: float | None = None
+    ridge_relative: float | None = None
+    ranking: str | None = None
+    intercept: bool | None = None
+    half_life: float | None = None
+    delta: str = "auto"
+    delta_dtype: torch.dtype | None = None
+    stats_double: bool | None = None
+    stats_device: str | None = None
+    backend: str = "auto"
+
+    def settings(self) -> Settings:
+        """The preset with the flags that were given."""
+        if self.ridge_absolute is not None and self.ridge_relative is not None:
+            raise InputError("both --ridge-absolute and --ridge-relative were given: expected one of them")
+        ridge = None
+        if self.ridge_absolute is not None or self.ridge_relative is not None:
+            ridge = Ridge(absolute=self.ridge_absolute or 0.0, relative=self.ridge_relative or 0.0)
+        return settings_for(
+            self.preset, warmup=self.warmup, ridge=ridge, ranking=self.ranking, intercept=self.intercept,
+            half_life=self.half_life, double=self.stats_double,
+        )  # fmt: skip
+
+    def policy_value(self) -> Policy:
+        if self.policy not in POLICIES:
+            raise known_names("policy", self.policy, POLICIES)
+        return POLICIES[self.policy]
+
+
+def open_stream(
+    model: CausalWanDiT,
+    text_rows: Tensor,
+    options: StreamOptions,
+    *,
+    decoder: Decoder | None = None,
+    deltas: dict[int, Delta] | None = None,
+    switches: list[tuple[int, Tensor]] | None = None,
+    initial: Tensor | None = None,
+) -> Stream:
+    """A stream of `options.frames` frames for text rows (1, L, text_dim).
+
+    `deltas`: stored corrections, applied from the first chunk on without a warm-up. `switches`: (frame, text rows).
+    """
+    spec, policy = model.spec, options.policy_value()
+    if options.window is not None and not policy.own_window:
+        raise InputError("--window was given: expected --policy window with it")
+    if policy.own_window:
+        spec = replace(spec, window_frames=options.window or spec.window_frames)
+    recent = options.recent_frames if policy.localises else 0
+    cache = KVCache(
+        spec, batch=len(text_rows), dtype=model.dtype, device=model.device, recent=recent, local_sink=policy.sink,
+        backend=options.backend,
+    )  # fmt: skip
+    absorber = Absorber(
+        targets=[block.self_attn.o for block in model.blocks],
+        cache=cache,
+        policy=policy,
+        settings=options.settings(),
+        choice=Choice(ratio=options.ratio, layers=options.layers, seed=options.seed),
+        mode=options.delta,
+        dtype=options.delta_dtype or model.dtype,
+        stats_device=options.stats_device,
+    )
+    if deltas is not None:
+        absorber.adopt(deltas)
+    with torch.inference_mode():
+        text = model.encode_text(text_rows)
+        later = [(frame, model.encode_text(rows)) for frame, rows in switches or []]
+    noise = default_noise(model.spec, options.seed, batch=len(text_rows), device=model.device)
+    return Stream(model, cache, absorber, text, options.frames, noise, Sampler.of(model.spec), decoder, later, initial)

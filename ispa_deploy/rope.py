@@ -1,0 +1,63 @@
+"""Three-axis rotary embedding of Wan: time, row and column each rotate their own share of a head.
+
+Legend: D head width, F frames, T tokens of a frame (rows x columns), S = F * T.
+A head of width D gives 2 * floor(D / 6) channels each to rows and columns and the rest to time; neighbouring channels
+(2j, 2j + 1) form one complex number. Angles are computed in float64 and rounded once to complex64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def axis_widths(head_dim: int) -> tuple[int, int, int]:
+    """Channels of a head that rotate with time, row and column."""
+    spatial = 2 * (head_dim // 6)
+    return head_dim - 2 * spatial, spatial, spatial
+
+
+def _angles(positions: Tensor, width: int, theta: float) -> Tensor:
+    """(P,) positions -> (P, width / 2) angles in float64."""
+    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+    return torch.outer(positions.to(torch.float64), theta**-exponents)
+
+
+class Rope:
+    """Rotations of whole frames, built on first use for each frame position and kept."""
+
+    def __init__(
+        self, head_dim: int, grid: tuple[int, int], *, theta: float = 10000.0, device: str | torch.device = "cpu"
+    ):
+        self._time_width, row_width, column_width = axis_widths(head_dim)
+        self._theta, self._device = theta, torch.device(device)
+        rows, columns = grid
+        row = _angles(torch.arange(rows), row_width, theta).repeat_interleave(columns, 0)
+        column = _angles(torch.arange(columns), column_width, theta).repeat(rows, 1)
+        self._plane = torch.cat([row, column], 1)
+        self._frames: dict[int, Tensor] = {}
+
+    def frame(self, position: int) -> Tensor:
+        """(T, D / 2) complex64: the rotation of one frame's tokens at a time position."""
+        if position not in self._frames:
+            time = _angles(torch.tensor([position]), self._time_width, self._theta).expand(len(self._plane), -1)
+            angles = torch.cat([time, self._plane], 1)
+            self._frames[position] = torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(self._device)
+        return self._frames[position]
+
+    def frames(self, positions: Sequence[int]) -> Tensor:
+        """(S, 1, D / 2) complex64 for frames at `positions`, ready to broadcast over heads."""
+        return torch.cat([self.frame(position) for position in positions]).unsqueeze(1)
+
+    def forget(self, before: int) -> None:
+        """Drop positions below `before`: absolute positions never come back, and a stream may be endless."""
+        for position in [p for p in self._frames if 0 < p < before]:
+            del self._frames[position]
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate (B, S, H, D) by (S, 1, D / 2); computed in complex64, returned in the dtype of `x`."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)

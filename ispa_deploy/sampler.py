@@ -1,0 +1,111 @@
+"""Sampling of distilled few-step flow models: x0 from velocity, then fresh noise down to the next level.
+
+σ is the noise share of x = (1 - σ) x0 + σ n; a timestep is 1000 σ. The table is upstream's: 1000 levels in float32,
+shifted by s σ / (1 + (s - 1) σ); steps are counted down from 1000 into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ispa_deploy.regions import region
+from ispa_deploy.specs import ModelSpec
+
+LEVELS = 1000
+
+Velocity = Callable[[Tensor, float], Tensor]
+"""x (B, F, C, H, W) float32 and a timestep -> velocity of the same shape."""
+Noise = Callable[[int], Tensor]
+"""Number of the pass within the chunk -> standard normal noise (B, F, C, H, W) float32."""
+
+
+def sigma_table(shift: float) -> Tensor:
+    """(1000,) float32, from 1 downwards."""
+    sigma = torch.linspace(1.0, 0.0, LEVELS + 1, dtype=torch.float32)[:-1]
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Timesteps of a chunk's denoising passes, float32 values, and their noise levels."""
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+    @staticmethod
+    def few_step(steps: tuple[int, ...], shift: float) -> Schedule:
+        """Distilled steps such as (1000, 750, 500, 250)."""
+        sigmas = sigma_table(shift)[[LEVELS - step for step in steps]]
+        return Schedule(tuple((sigmas * LEVELS).tolist()), tuple(sigmas.tolist()))
+
+    @staticmethod
+    def even(count: int, shift: float) -> Schedule:
+        """`count` evenly spaced steps before the shift, for Euler integration."""
+        sigma = 1 - torch.arange(count, dtype=torch.float32) / count
+        sigmas = shift * sigma / (1 + (shift - 1) * sigma)
+        return Schedule(tuple((sigmas * LEVELS).tolist()), tuple(sigmas.tolist()))
+
+
+def denoise_by_renoising(velocity: Velocity, noise: Noise, schedule: Schedule) -> Tensor:
+    """x0 of a chunk: at each level predict x0 in float64, then mix in fresh noise of the next level."""
+    x = noise(0)
+    levels = list(zip(schedule.timesteps, schedule.sigmas, strict=True))
+    for index, (timestep, sigma) in enumerate(levels):
+        flow = velocity(x, timestep)
+        with region("overhead.sampler"):
+            x0 = (x.double() - sigma * flow.double()).to(x.dtype)
+            if index + 1 < len(levels):
+                next_sigma = levels[index + 1][1]
+                x = (1 - next_sigma) * x0 + next_sigma * noise(index + 1)
+    return x0
+
+
+def denoise_by_euler(velocity: Velocity, noise: Noise, schedule: Schedule) -> Tensor:
+    """x0 of a chunk by Euler steps along the velocity, for models that were not distilled to few steps."""
+    x = noise(0)
+    for timestep, sigma, following in zip(
+        schedule.timesteps, schedule.sigmas, (*schedule.sigmas[1:], 0.0), strict=True
+    ):
+        flow = velocity(x, timestep)
+        with region("overhead.sampler"):
+            x = x + (following - sigma) * flow.float()
+    return x
+
+
+@dataclass(frozen=True)
+class ChunkNoise:
+    """Noise keyed by (seed, chunk, pass): drawn on the CPU, so every device sees the same, and a longer stream keeps its
+    early frames."""
+
+    seed: int
+    shape: tuple[int, ...]
+    device: torch.device
+
+    def __call__(self, chunk: int, frames: int, step: int) -> Tensor:
+        """(B, F, C, H, W) float32 for pass `step` of chunk number `chunk`."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + chunk) * 1009 + step)
+        batch, *rest = self.shape
+        with region("overhead.sampler"):
+            return torch.randn(batch, frames, *rest, generator=generator).to(self.device)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a model's chunks are denoised: the first one may take its own way."""
+
+    schedule: Schedule
+    first: Schedule | None = None
+
+    @staticmethod
+    def of(spec: ModelSpec) -> Sampler:
+        first = Schedule.even(spec.first_steps, spec.shift) if spec.first_steps else None
+        return Sampler(Schedule.few_step(spec.steps, spec.shift), first)
+
+    def denoise(self, chunk: int, velocity: Velocity, noise: Noise) -> Tensor:
+        if chunk == 0 and self.first is not None:
+            return denoise_by_euler(velocity, noise, self.first)
+        return denoise_by_renoising(velocity, noise, self.schedule)

@@ -1,0 +1,122 @@
+"""Which frame lies in which slot of a window buffer: integers only, no tensors.
+
+A window buffer holds W frames in slots; attention does not care about their order, so nothing is ever shifted:
+
+    slot   0        1 .. r+c                      r+c+1 .. W-1
+          [frame 0 | r recent + c current frames | everything else, oldest replaced first]
+
+Keeping frame 0, the recent frames and the current chunk side by side makes the local keys one contiguous range, the
+history another, and the filled window a third, so each is one attention call on a view. The current chunk alternates
+between r/c + 1 bays, so a chunk is copied at most once in its life: when its bay is needed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ispa_deploy.errors import InputError
+
+Range = tuple[int, int]
+
+
+def coalesce(slots: Iterable[int]) -> tuple[Range, ...]:
+    """Half-open runs of consecutive slots, ascending."""
+    runs: list[list[int]] = []
+    for slot in sorted(slots):
+        if runs and runs[-1][1] == slot:
+            runs[-1][1] += 1
+        else:
+            runs.append([slot, slot + 1])
+    return tuple((start, stop) for start, stop in runs)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a buffer must do before a chunk is written: `evicted` slots oldest first, then `moves` (from, to)."""
+
+    evicted: tuple[int, ...] = ()
+    moves: tuple[Range, ...] = ()
+
+
+@dataclass
+class WindowSlots:
+    """Slot table of one layer's window. `frames[slot]` is the frame held there, -1 for none."""
+
+    capacity: int
+    sink: int
+    chunk: int
+    recent: int = 0
+    rolls: bool = True
+    frames: list[int] = field(default_factory=list)
+    current: Range = (0, 0)
+    _chunks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.recent % self.chunk or self.recent < 0:
+            raise InputError(f"recent frames {self.recent}: expected a multiple of the chunk ({self.chunk} frames)")
+        if self.capacity < 1 + self.recent + self.chunk:
+            raise InputError(
+                f"window of {self.capacity} frames cannot hold sink + {self.recent} recent + {self.chunk} current frames"
+            )
+        self.frames = self.frames or [-1] * self.capacity
+
+    @property
+    def filled(self) -> int:
+        """Slots in use; always the first ones."""
+        return sum(frame >= 0 for frame in self.frames)
+
+    def begin(self, start: int, count: int) -> Room:
+        """Make room for frames [start, start + count) and say how."""
+        if self.filled == 0:
+            self._enter(0, start, count)
+            return Room()
+        bay = 1 + (self._chunks % (self.recent // self.chunk + 1)) * self.chunk
+        self._chunks += 1
+        overflow = self.filled + count - self.capacity
+        if overflow > 0 and not self.rolls:
+            raise InputError(
+                f"frame {start + count - 1} does not fit this model's cache of {self.capacity} frames: ask for at most "
+                f"{self.capacity} frames, or roll the window with --window {self.capacity} --sink 1"
+            )
+        evicted = tuple(self._oldest(overflow)) if overflow > 0 else ()
+        for slot in evicted:
+            self.frames[slot] = -1
+        moves = tuple(self._vacate(range(bay, bay + count)))
+        self._enter(bay, start, count)
+        return Room(tuple(evicted), moves)
+
+    def resume(self, frames: list[int]) -> None:
+        """Take over an L-layer's frames (ascending), which lie in the first slots; the next chunk goes behind them."""
+        self.frames[: len(frames)] = frames
+        self._chunks = self.recent // self.chunk
+
+    def local(self, start: int, sink: int) -> tuple[Range, ...]:
+        """Slots of an L-layer's keys while frames from `start` on are current: frame 0 if `sink`, recent, current."""
+        near = [s for s, f in enumerate(self.frames) if f >= start - self.recent or (0 <= f < sink)]
+        return coalesce(near)
+
+    def rest(self, ranges: tuple[Range, ...]) -> tuple[Range, ...]:
+        """Filled slots outside `ranges`."""
+        taken = {slot for first, last in ranges for slot in range(first, last)}
+        return coalesce(slot for slot in range(self.filled) if slot not in taken)
+
+    def temporal(self) -> list[int]:
+        """Filled slots, oldest frame first."""
+        return sorted((s for s, f in enumerate(self.frames) if f >= 0), key=self.frames.__getitem__)
+
+    def _oldest(self, count: int) -> list[int]:
+        rolling = [slot for slot in self.temporal() if self.frames[slot] >= self.sink]
+        return rolling[:count]
+
+    def _vacate(self, bay: range) -> Iterable[Range]:
+        free = iter([s for s, f in enumerate(self.frames) if f < 0 and s not in bay])
+        for slot in bay:
+            if self.frames[slot] >= 0:
+                target = next(free)
+                self.frames[target], self.frames[slot] = self.frames[slot], -1
+                yield slot, target
+
+    def _enter(self, slot: int, start: int, count: int) -> None:
+        self.frames[slot : slot + count] = range(start, start + count)
+        self.current = (slot, slot + count)

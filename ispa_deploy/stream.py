@@ -1,0 +1,147 @@
+"""The streaming loop: denoise a chunk, commit it, hand it out.
+
+`for chunk in stream:` yields latents, and pixels when a decoder is given. Timing, statistics and cache arithmetic are not
+here: regions mark time, the absorber watches, the cache keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ispa_deploy.absorb.absorber import Absorber
+from ispa_deploy.cache import KVCache
+from ispa_deploy.errors import InputError
+from ispa_deploy.model import CausalWanDiT, Conditioning, TextKV
+from ispa_deploy.regions import region
+from ispa_deploy.sampler import ChunkNoise, Sampler
+from ispa_deploy.specs import ModelSpec
+
+Decoder = Callable[[Tensor], Tensor]
+"""Latents of a chunk (B, F, C, H, W) -> pixels (B, F', 3, h, w) in [0, 1]; may keep state between chunks."""
+NoiseSource = Callable[[int, int, int], Tensor]
+"""Chunk number, frames, pass -> noise (B, F, C, H, W) float32."""
+
+
+class Chunk(NamedTuple):
+    """One AR step: its number, first frame, latents (B, F, C, H, W) float32, and pixels (B, F', 3, h, w) or None."""
+
+    index: int
+    start: int
+    latents: Tensor
+    pixels: Tensor | None
+
+    @property
+    def frames(self) -> int:
+        return self.latents.shape[1]
+
+
+def plan_chunks(spec: ModelSpec, frames: int) -> list[tuple[int, int]]:
+    """(start, count) of every chunk of a stream of `frames` latent frames."""
+    first = spec.first_chunk_frames or spec.chunk_frames
+    if frames < first or (frames - first) % spec.chunk_frames:
+        raise InputError(
+            f"{frames} frames: expected {first} plus a multiple of {spec.chunk_frames} (the chunk of '{spec.name}'); "
+            f"nearest is {first + max(0, round((frames - first) / spec.chunk_frames)) * spec.chunk_frames}"
+        )
+    return [(0, first), *((start, spec.chunk_frames) for start in range(first, frames, spec.chunk_frames))]
+
+
+@dataclass
+class Stream:
+    """One video being generated. Iterate once; the absorber's session spans the iteration.
+
+    `text` is prepared text of the first prompt; `switches` maps a frame to the text that holds from the next chunk border
+    on. `initial` (B, F, C, H, W) latents are committed before generation starts. `commit_last` also runs the clean pass of
+    the last chunk, which nothing reads unless the stream is continued.
+    """
+
+    model: CausalWanDiT
+    cache: KVCache
+    absorber: Absorber
+    text: TextKV
+    frames: int
+    noise: NoiseSource
+    sampler: Sampler
+    decoder: Decoder | None = None
+    switches: Sequence[tuple[int, TextKV]] = ()
+    initial: Tensor | None = None
+    commit_last: bool = False
+
+    def __post_init__(self) -> None:
+        self.chunks = plan_chunks(self.model.spec, self.frames)
+        self._conditions: dict[float, Conditioning] = {}
+        self._recalibrate = False
+
+    def __iter__(self) -> Iterator[Chunk]:
+        with self.absorber.session():
+            for index, (start, count) in enumerate(self.chunks):
+                self._follow_prompt(start)
+                self.cache.begin(start, count)
+                self.absorber.before_chunk(start, count)
+                latents = self._latents(index, start, count)
+                if self.commit_last or index + 1 < len(self.chunks):
+                    self._commit(latents)
+                self.absorber.after_chunk(start + count)
+                yield Chunk(index, start, latents, self._decode(latents))
+
+    def request_recalibration(self) -> None:
+        """From the next chunk on: full attention, corrections off, a new warm-up."""
+        self._recalibrate = True
+
+    def switch_prompt(self, text: TextKV) -> None:
+        """From the next chunk on: another prompt, and a new warm-up, since the old correction would mislead."""
+        self.text = text
+        self._recalibrate = True
+
+    @torch.inference_mode()
+    def _latents(self, index: int, start: int, count: int) -> Tensor:
+        """The chunk's clean latents: given ones while `initial` lasts, generated ones after."""
+        if self.initial is not None and start < self.initial.shape[1]:
+            return self.initial[:, start : start + count].float()
+        return self.sampler.denoise(index, self._velocity, lambda step: self.noise(index, count, step))
+
+    def _velocity(self, x: Tensor, timestep: float) -> Tensor:
+        return self.model(x, self._condition(timestep), self.text, self.cache)  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def _commit(self, latents: Tensor) -> None:
+        """The clean pass: the chunk's keys and values as later chunks will see them."""
+        self.cache.committing = True
+        try:
+            self._velocity(latents, self.model.spec.context_timestep)
+        finally:
+            self.cache.committing = False
+
+    def _condition(self, timestep: float) -> Conditioning:
+        """Time embedding and modulation, computed once for each of the fixed timesteps."""
+        if timestep not in self._conditions:
+            with region("overhead.norm"):
+                t = torch.full((1, 1), timestep, dtype=torch.float32, device=self.model.device)
+                self._conditions[timestep] = self.model.condition(t)
+        return self._conditions[timestep]
+
+    def _follow_prompt(self, start: int) -> None:
+        due = [text for frame, text in self.switches if frame <= start]
+        if due:
+            self.switches = [(frame, text) for frame, text in self.switches if frame > start]
+            self.switch_prompt(due[-1])
+        if self._recalibrate:
+            self._recalibrate = False
+            self.absorber.recalibrate(start)
+
+    @torch.inference_mode()
+    def _decode(self, latents: Tensor) -> Tensor | None:
+        if self.decoder is None:
+            return None
+        with region("overhead.decode"):
+            return self.decoder(latents)
+
+
+def default_noise(spec: ModelSpec, seed: int, *, batch: int = 1, device: str | torch.device = "cpu") -> ChunkNoise:
+    """Noise of a stream in the spec's own latent shape."""
+    return ChunkNoise(seed, (batch, *spec.latent_shape), torch.device(device))

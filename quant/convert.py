@@ -1,0 +1,165 @@
+"""Turns a model's linear layers into quantised ones, in place, and reports every one of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from ispa_deploy.errors import InputError
+from ispa_deploy.linear import Linear
+from quant.linear import Int8Linear
+from quant.primitives import check_finite, sqnr_db
+from quant.schemes import LayerKind, Scheme
+
+LAYERS: dict[LayerKind, type[Int8Linear]] = {"int8": Int8Linear}
+# At or below this width the passes around the product cost what eight bits win.
+NO_GAIN_WIDTH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One linear layer: what was done and why. `shape` is (N, K); `sqnr_db` of the weight, None where it was kept."""
+
+    name: str
+    shape: tuple[int, int]
+    quantised: bool
+    why: str
+    sqnr_db: float | None
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did to every linear layer of a model, in the model's order."""
+
+    scheme: str
+    rows: tuple[Row, ...]
+
+    @property
+    def quantised(self) -> tuple[str, ...]:
+        """Names of the layers that were converted."""
+        return tuple(row.name for row in self.rows if row.quantised)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all linears before."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all linears after."""
+        return sum(row.bytes_after for row in self.rows)
+
+    def summary(self) -> str:
+        """One line: how many layers, how many bytes, the worst weight."""
+        known = [(row.sqnr_db, row.name) for row in self.rows if row.sqnr_db is not None]
+        tail = ", worst weight {:.1f} dB ({})".format(*min(known)) if known else ""
+        return (
+            f"{self.scheme}: {len(self.quantised)} of {len(self.rows)} linears quantised, "
+            f"{self.bytes_before / 2**20:.1f} -> {self.bytes_after / 2**20:.1f} MiB{tail}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"scheme": self.scheme, "layers": [asdict(row) for row in self.rows]}
+
+
+def quantise_(model: nn.Module, scheme: Scheme, *, skip: Sequence[str] = ()) -> Report:
+    """Replace the model's linears by `scheme`'s, in place; the floating weights are released one by one.
+
+    `skip`: more regular expressions beside the scheme's own; each must match a linear. Raises `InputError` for a
+    pattern that is malformed or matches nothing, for a weight that is not finite, and when a scheme other than `none`
+    converts no layer at all; the model is then as it was.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    _check_patterns(skip, linears)
+    reasons = {name: _kept_because(name, linear, scheme, skip) for name, linear in linears.items()}
+    if scheme.layer != "float" and all(reasons.values()):
+        raise InputError(
+            f"scheme {scheme.name} on a model of {len(linears)} linears: all are kept in floating point, expected at "
+            "least one to convert; remove a skip pattern or choose the scheme none"
+        )
+    for name, reason in reasons.items():
+        if reason is None:
+            check_finite(linears[name].weight, f"{name}.weight")
+    rows = []
+    for name, reason in reasons.items():
+        linear = linears.pop(name)  # the last reference but the model's: its weight goes when it is replaced
+        layer = None if reason else LAYERS[scheme.layer].from_float(linear, f"{name}.weight")
+        rows.append(_row(name, linear, layer, reason))
+        if layer is not None:
+            _replace(model, {name: layer})
+            layer.prepare()
+    return Report(scheme.name, tuple(rows))
+
+
+def empty_quantised_(model: nn.Module, scheme: Scheme, names: Iterable[str]) -> None:
+    """Replace the named linears by empty layers of `scheme`, on their device (meta included), for loading a bundle.
+
+    Load the state, then `prepare_`. Raises `InputError` when a name is not a linear of this model.
+    """
+    layers: dict[str, nn.Module] = {}
+    modules = dict(model.named_modules())
+    for name in names:
+        linear = modules.get(name)
+        if not isinstance(linear, Linear):
+            raise InputError(f"quantised layer '{name}' of the bundle is no linear of this model; choose its own model")
+        kind = LAYERS[scheme.layer]
+        layers[name] = kind(
+            linear.in_features, linear.out_features, linear.bias is not None, device=linear.weight.device
+        )
+    _replace(model, layers)
+
+
+def prepare_(model: nn.Module) -> None:
+    """Pack every quantised layer for its kernel now rather than on its first call."""
+    for module in model.modules():
+        if isinstance(module, Int8Linear) and module.weight is not None:
+            module.prepare()
+
+
+def _check_patterns(skip: Sequence[str], names: Iterable[str]) -> None:
+    listed = list(names)
+    for pattern in skip:
+        try:
+            matches = any(re.search(pattern, name) for name in listed)
+        except re.error as error:
+            raise InputError(f"skip pattern '{pattern}': not a regular expression ({error})") from error
+        if not matches:
+            example = f", for example '{listed[0]}'" if listed else ""
+            raise InputError(f"skip pattern '{pattern}' matches none of the model's {len(listed)} linears{example}")
+
+
+def _kept_because(name: str, linear: nn.Linear, scheme: Scheme, skip: Sequence[str]) -> str | None:
+    if scheme.layer == "float":
+        return "scheme none"
+    for whose, patterns in (("asked for", skip), (f"{scheme.name} keeps", scheme.keep)):
+        for pattern in patterns:
+            if re.search(pattern, name):
+                return f"{whose} {pattern}"
+    return None if isinstance(linear, Linear) else "a plain nn.Linear, which cannot carry a delta"
+
+
+def _row(name: str, linear: nn.Linear, layer: Int8Linear | None, reason: str | None) -> Row:
+    before = linear.weight.nbytes + (0 if linear.bias is None else linear.bias.nbytes)
+    shape = (linear.out_features, linear.in_features)
+    if layer is None:
+        return Row(name, shape, False, reason or "", None, before, before)
+    small = min(shape) <= NO_GAIN_WIDTH
+    why = f"quantised for its bytes: at width {min(shape)} eight bits gain no time" if small else "quantised"
+    decibels = sqnr_db(linear.weight.detach(), layer.reference_weight())
+    return Row(name, shape, True, why, decibels, before, layer.nbytes)
+
+
+def _replace(model: nn.Module, layers: dict[str, Any]) -> None:
+    """Put each layer where the linear of its name is, and wherever else the model holds that same linear."""
+    by_identity = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
+    for parent in list(model.modules()):
+        for child_name, child in list(parent.named_children()):
+            if id(child) in by_identity:
+                setattr(parent, child_name, by_identity[id(child)])

@@ -1,0 +1,178 @@
+"""int8 products on the CPU: oneDNN with unsigned activations, PyTorch's `_int_mm`, and a floating-point stand-in.
+
+oneDNN is fast only with uint8 activations (zero point 128): signed ones fall to its reference loop, thousands of times
+slower. It scales by columns inside the product; the row scale and the bias need a pass of their own, which like the
+quantiser is memory-bound and therefore compiled where that pays and a C++ compiler exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ispa_deploy.regions import region
+from quant.primitives import ZERO_POINT, quantise_rows, rescale, row_scale
+
+# Compiling costs 1-4 s per function and process (25 s with cold caches): never for toy models, whose passes are Python
+# time anyway. 1170 x 768 is above, 75 x 256 below.
+COMPILE_FROM = 1 << 19
+# Rows per step of the eager passes: the float32 scratch of a step stays in the cache.
+STEP = 128
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The one place that asks for a compiler. Dynamic shapes: one compilation for all layers, and as fast as static."""
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+@dataclass(slots=True)
+class _Accelerated:
+    """A memory-bound pass: compiled for large inputs, eager for small ones and for ever after a failed compilation."""
+
+    plain: Callable[..., Any]
+    eager: Callable[..., Any]
+    compiled: Callable[..., Any] | None = field(default=None, init=False)
+    failure: str | None = field(default=None, init=False)
+
+    def __call__(self, x: Tensor, *rest: Any) -> Any:
+        if x.numel() < COMPILE_FROM or self.failure is not None:
+            return self.eager(x, *rest)
+        try:
+            self.compiled = self.compiled or _compile(self.plain)
+            return self.compiled(x, *rest)
+        except Exception as error:  # no compiler, no headers, no cache folder: each raises its own; eager needs none
+            lines = str(error).strip().splitlines()
+            self.failure = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+            return self.eager(x, *rest)
+
+
+def _codes(x: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
+    return quantise_rows(x, unsigned=unsigned)
+
+
+def _codes_eager(x: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
+    """`quantise_rows` in steps of rows with one scratch: 3-4 times faster than whole tensors, same bits."""
+    m, k = x.shape
+    codes = torch.empty(m, k, dtype=torch.uint8 if unsigned else torch.int8)
+    scale = torch.empty(m, 1)
+    values, magnitudes = torch.empty(2, min(m, STEP), k).unbind(0)
+    for start in range(0, m, STEP):
+        part = x[start : start + STEP]
+        v, a, s = values[: len(part)], magnitudes[: len(part)], scale[start : start + STEP]
+        v.copy_(part)
+        s.copy_(row_scale(torch.abs(v, out=a).amax(dim=-1, keepdim=True)))
+        v.mul_(1.0 / s).round_()
+        codes[start : start + STEP] = v.add_(ZERO_POINT) if unsigned else v
+    return codes, scale
+
+
+def _rescale_eager(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`rescale` in steps of rows, over the product itself where the dtypes allow."""
+    m, n = product.shape
+    y = product if product.dtype == dtype else torch.empty(m, n, dtype=dtype)
+    values = torch.empty(min(m, STEP), n)
+    for start in range(0, m, STEP):
+        v = values[: min(STEP, m - start)]
+        v.copy_(product[start : start + STEP]).mul_(scale[start : start + STEP])
+        y[start : start + STEP] = v if bias is None else v.add_(bias)
+    return y
+
+
+_QUANTISE = _Accelerated(_codes, _codes_eager)
+_RESCALE = _Accelerated(rescale, _rescale_eager)
+
+
+def compile_note() -> str | None:
+    """One line, to be printed once, when a pass had to run eagerly for want of a compiler; None when there is none."""
+    reason = _QUANTISE.failure or _RESCALE.failure
+    return None if reason is None else f"int8: activation passes run uncompiled, about 1.2x slower layers ({reason})"
+
+
+def _finish(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    with region("linear.dequantise"), torch.no_grad():
+        y: Tensor = _RESCALE(product, scale, bias, dtype)
+    return y
+
+
+@dataclass(frozen=True)
+class _CpuKernel:
+    """What the kernels of this file share."""
+
+    name: str
+    exact: bool = True
+    unsigned: bool = False
+
+    def fits(self, features: int, outputs: int) -> bool:
+        """Every shape with something in it."""
+        return features > 0 and outputs > 0
+
+    def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `quant.kernels.Kernel`."""
+        with torch.no_grad():
+            codes, scale = _QUANTISE(x, self.unsigned)
+        return codes, scale
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """The codes themselves."""
+        return codes
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The codes themselves."""
+        return packed
+
+
+class _OneDnn(_CpuKernel):
+    """`onednn.qlinear_pointwise`. Its packed form unpacks exactly, so no second copy of the codes is kept."""
+
+    def pack(self, codes: Tensor) -> Tensor:
+        assert codes.is_contiguous(), "the packing ignores strides"
+        return torch.ops.onednn.qlinear_prepack(codes, None)  # type: ignore[no-any-return]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        return packed.to_dense().t().contiguous()
+
+    def multiply(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        # A bfloat16 product halves the traffic and rounds once more (2e-3 beside the 1e-2 of eight bits).
+        narrow = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        with region("linear.gemm"):
+            none = torch.zeros(len(column), dtype=torch.int32)
+            product = torch.ops.onednn.qlinear_pointwise(
+                codes, 1.0, ZERO_POINT, packed, column, none, None, 1.0, 0, narrow, "none", [], ""
+            )
+        return _finish(product, scale, bias, dtype)
+
+
+class _IntMm(_CpuKernel):
+    """`torch._int_mm`: int32 out, both scales in the pass after it."""
+
+    def multiply(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        with region("linear.gemm"):
+            product = torch._int_mm(codes, packed.t())
+        with region("linear.dequantise"):
+            product = product * column
+        return _finish(product, scale, bias, dtype)
+
+
+class _Simulated(_CpuKernel):
+    """The codes multiplied in float32: right to rounding, no faster than floating point, and named so."""
+
+    def multiply(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        with region("linear.gemm"):
+            product = torch.mm(codes.to(torch.float32), packed.to(torch.float32).t()).mul_(column)
+        return _finish(product, scale, bias, dtype)
+
+
+ONEDNN = _OneDnn("int8 onednn u8s8", unsigned=True)
+INT_MM = _IntMm("int8 _int_mm s8s8")
+SIMULATED = _Simulated("simulated", exact=False)
+KERNELS = (ONEDNN, INT_MM, SIMULATED)

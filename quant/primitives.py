@@ -1,0 +1,83 @@
+"""The arithmetic of 8-bit linear layers as pure functions: codes, scales, their product, their error.
+
+M rows (tokens), K input features, N output features. A code q with scale s stands for q * s. Scales are amax / 127, so
+codes made here lie in -127..127; codes made elsewhere may hold -128 and every kernel must multiply it exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ispa_deploy.errors import InputError
+
+CODE_MAX = 127
+ZERO_POINT = 128
+# A row of zeros gets this scale instead of 0, so that it divides; its reciprocal is still finite in float32.
+SCALE_FLOOR = torch.finfo(torch.float32).tiny
+# The largest K whose sum of 255 * 128 products stays inside int32.
+MAX_FEATURES = (2**31 - 1) // (255 * 128)
+
+
+def check_finite(weight: Tensor, name: str) -> Tensor:
+    """(N, K), K > 0 -> float32 largest magnitude per row (N, 1). Raises `InputError` naming a non-finite weight."""
+    amax = weight.detach().abs().amax(dim=1, keepdim=True).to(torch.float32)
+    bad = int((~torch.isfinite(amax)).sum())
+    if bad:
+        raise InputError(f"{name}: {bad} of {len(amax)} rows hold NaN or Inf, expected finite weights; check the file")
+    return amax
+
+
+def quantise_weight(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """(N, K) of any float dtype -> int8 codes (N, K) contiguous and float32 scales (N, 1), symmetric per row.
+
+    Rounds half to even. Raises `InputError` naming `name` when a value is not finite.
+    """
+    w = weight.detach().to(torch.float32)
+    scale = (check_finite(w, name) / CODE_MAX).clamp_min(SCALE_FLOOR)
+    return torch.round(w / scale).clamp_(-CODE_MAX, CODE_MAX).to(torch.int8), scale
+
+
+def row_scale(amax: Tensor) -> Tensor:
+    """(M, 1) float32 largest magnitudes -> scales. NaN where the row holds NaN or Inf, so its whole output is NaN."""
+    return torch.where(torch.isfinite(amax), amax / CODE_MAX, float("nan")).clamp_min(SCALE_FLOOR)
+
+
+def quantise_rows(x: Tensor, *, unsigned: bool = False) -> tuple[Tensor, Tensor]:
+    """(M, K) of any float dtype -> codes (M, K) and float32 scales (M, 1), symmetric per row.
+
+    `unsigned` stores the code as uint8 with zero point 128, the form x86 multiplies; otherwise int8.
+    A row that holds NaN or Inf gets the scale NaN and unspecified codes: nothing is clipped silently.
+    """
+    values = x.to(torch.float32)
+    scale = row_scale(values.abs().amax(dim=-1, keepdim=True))
+    codes = torch.round(values * (1.0 / scale))
+    return ((codes + ZERO_POINT).to(torch.uint8) if unsigned else codes.to(torch.int8)), scale
+
+
+def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
+    """Codes (R, K), int8 or uint8 with zero point 128, and scales (R, 1) -> float32 (R, K)."""
+    values = codes.to(torch.float32)
+    return (values - ZERO_POINT if codes.dtype == torch.uint8 else values) * scale
+
+
+def rescale(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(M, N) products, row scales (M, 1), bias (N,) -> product * scale + bias, computed in float32, in `dtype`."""
+    y = product.to(torch.float32) * scale
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def int_matmul(codes: Tensor, weight: Tensor) -> Tensor:
+    """Reference product of codes (M, K), int8 or uint8 with zero point 128, and (N, K) int8: exact int64 (M, N)."""
+    rows = codes.to(torch.int64)
+    return (rows - ZERO_POINT if codes.dtype == torch.uint8 else rows) @ weight.to(torch.int64).t()
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal to quantisation noise in dB, summed in float64. inf where nothing was lost, 0 where all was."""
+    signal = reference.to(torch.float64)
+    noise = (signal - approximation.to(torch.float64)).square().sum()
+    power = signal.square().sum()
+    if noise == 0:
+        return float("inf")
+    return float(10 * torch.log10(power / noise)) if power > 0 else float("-inf")

@@ -1,0 +1,134 @@
+"""Triton kernels of the int8 linear: quantise rows, and multiply with both scales and the bias in the epilogue.
+
+M rows, K input features, N output features. Importing this file needs triton; `quant.kernels_cuda` does so on first
+use. With TRITON_INTERPRET=1 set before the import the kernels run on CPU tensors: so they are tested without a GPU.
+"""
+
+# mypy: disable-error-code="misc, no-untyped-def, no-untyped-call, import-not-found, import-untyped, valid-type"
+# mypy: disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Adding and taking away 1.5 * 2^23 rounds a float32 to an integer, half to even, on every back-end alike.
+_ROUNDER = tl.constexpr(12582912.0)
+_FLOOR = tl.constexpr(1.1754943508222875e-38)
+
+
+def _config(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:
+    return triton.Config(
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}, num_warps=warps, num_stages=stages
+    )
+
+
+# Hopper: tiles of 64 rows per warp group, two operand tiles of up to three stages inside 228 KiB of shared memory.
+_CONFIGS = [
+    _config(64, 64, 128, 4, 4),
+    _config(64, 128, 128, 4, 4),
+    _config(128, 128, 64, 4, 4),
+    _config(128, 128, 128, 4, 3),
+    _config(128, 128, 128, 8, 3),
+    _config(128, 256, 64, 8, 4),
+    _config(128, 256, 128, 8, 3),
+    _config(256, 128, 128, 8, 3),
+]
+# The interpreter cannot time anything; one configuration leaves it nothing to choose.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@triton.jit
+def _quantise_kernel(x, codes, scale, K, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < K
+    values = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    # max drops NaN; this sum is 0 for finite rows and NaN for a row with NaN or Inf.
+    poison = tl.sum(values * 0.0, axis=0)
+    step = tl.maximum(tl.max(tl.abs(values), axis=0) / 127.0, _FLOOR)
+    rounded = (values * (1.0 / step) + _ROUNDER) - _ROUNDER
+    rounded = tl.minimum(tl.maximum(rounded, -127.0), 127.0)
+    tl.store(codes + row * K + column, rounded.to(tl.int8), mask=inside)
+    tl.store(scale + row, step + poison)
+
+
+@triton.autotune(configs=_CONFIGS[:1] if _INTERPRETED else _CONFIGS, key=["ROWS", "N", "K"])
+@triton.jit
+def _linear_kernel(
+    codes, weight, y, row_scale, column_scale, bias, M, N, K, ROWS,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    # Programs walk down GROUP_M row tiles before the next column tile, so that weight tiles are found in L2.
+    tile = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = tile // (GROUP_M * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    inside_group = tile % (GROUP_M * tiles_n)
+    m = (group * GROUP_M + inside_group % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (inside_group // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    in_m, in_n = m < M, n < N
+
+    a = codes + m.to(tl.int64)[:, None] * K + k[None, :]
+    b = weight + n.to(tl.int64)[None, :] * K + k[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for start in range(0, K, BLOCK_K):
+        in_k = k < K - start
+        left = tl.load(a + start, mask=in_m[:, None] & in_k[None, :], other=0)
+        right = tl.load(b + start, mask=in_k[:, None] & in_n[None, :], other=0)
+        total = tl.dot(left, right, total, out_dtype=tl.int32)
+
+    rows = tl.load(row_scale + m, mask=in_m, other=0.0)
+    columns = tl.load(column_scale + n, mask=in_n, other=0.0)
+    out = total.to(tl.float32) * columns[None, :] * rows[:, None]
+    if HAS_BIAS:
+        out += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    at = y + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(at, out.to(y.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Launch on the tensors' own card, which need not be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, K) float, rows contiguous -> int8 codes (M, K) and float32 scales (M, 1); see `quant.primitives`."""
+    x = (x if x.dtype != torch.float64 else x.float()).contiguous()
+    m, k = x.shape
+    codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
+    scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(k)
+    with _on(x.device):
+        _quantise_kernel[(m,)](x, codes, scale, k, x.stride(0), BLOCK=block, num_warps=4 if block <= 4096 else 8)
+    return codes, scale
+
+
+def int8_linear(
+    codes: Tensor, row_scale: Tensor, weight: Tensor, column_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """int8 (M, K) by int8 (N, K), scales (M, 1) and (N,) float32, bias (N,) -> (M, N) in `dtype`.
+
+    Tuned once per N, K and power of two of M; the first such call takes seconds.
+    """
+    m, k = codes.shape
+    n = weight.shape[0]
+    for operand in (codes, weight):
+        assert operand.is_contiguous(), "the kernel walks rows of K"
+    y = torch.empty(m, n, dtype=dtype, device=codes.device)
+
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        return (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
+
+    with _on(codes.device):
+        _linear_kernel[grid](
+            codes, weight, y, row_scale, column_scale, column_scale if bias is None else bias.contiguous(),
+            m, n, k, triton.next_power_of_2(m), HAS_BIAS=bias is not None,
+        )  # fmt: skip
+    return y

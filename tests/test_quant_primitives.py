@@ -1,0 +1,148 @@
+"""Laws of the 8-bit arithmetic: half a step, exact integers, non-finite rows, zero rows, the compiler's absence."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ispa_deploy.errors import InputError
+from quant import kernels_cpu
+from quant.kernels import Kernel, kernel_for, refusal
+from quant.kernels_cpu import INT_MM, KERNELS, ONEDNN, SIMULATED
+from quant.primitives import dequantise, int_matmul, quantise_rows, quantise_weight, sqnr_db
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weight_round_trip_is_within_half_a_step(dtype: torch.dtype) -> None:
+    weight = (torch.randn(48, 130) * torch.logspace(-3, 1, 48)[:, None]).to(dtype)
+    codes, scale = quantise_weight(weight)
+    assert codes.dtype == torch.int8
+    assert scale.shape == (48, 1)
+    assert int(codes.to(torch.int16).abs().amax()) == 127
+    error = (weight.double() - codes.double() * scale.double()).abs()
+    assert bool((error <= 0.5 * scale.double() * (1 + 1e-5)).all())
+    torch.testing.assert_close(scale, weight.float().abs().amax(1, keepdim=True) / 127, rtol=0, atol=0)
+
+
+def test_weight_rounds_half_to_even() -> None:
+    codes, _ = quantise_weight(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]]))
+    assert codes.tolist() == [[127, 0, 2, 2, 0, -2]]
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_row_round_trip_is_within_half_a_step(unsigned: bool) -> None:
+    x = torch.randn(40, 64) * torch.logspace(-20, 10, 40)[:, None]
+    codes, scale = quantise_rows(x, unsigned=unsigned)
+    assert codes.dtype == (torch.uint8 if unsigned else torch.int8)
+    error = (x.double() - dequantise(codes, scale).double()).abs()
+    assert bool((error <= 0.5 * scale.double() * (1 + 1e-4)).all())
+
+
+def test_zero_rows_stay_zero() -> None:
+    for codes, scale in (quantise_weight(torch.zeros(3, 5)), quantise_rows(torch.zeros(3, 5), unsigned=True)):
+        assert bool(torch.isfinite(scale).all())
+        assert bool((dequantise(codes, scale) == 0).all())
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_non_finite_weight_is_named(poison: float) -> None:
+    weight = torch.randn(4, 8)
+    weight[2, 3] = poison
+    with pytest.raises(InputError, match=r"blocks\.0\.o\.weight: 1 of 4 rows"):
+        quantise_weight(weight, "blocks.0.o.weight")
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_non_finite_row_has_no_scale(poison: float) -> None:
+    x = torch.randn(4, 8)
+    x[1, 0] = poison
+    assert torch.isnan(quantise_rows(x)[1]).flatten().tolist() == [False, True, False, False]
+
+
+def test_sqnr_of_a_gaussian_weight_matches_its_arithmetic() -> None:
+    weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
+    codes, scale = quantise_weight(weight)
+    expected = 10 * math.log10(1 / float((scale.double().square() / 12).mean()))  # uniform noise of one step
+    assert sqnr_db(weight, dequantise(codes, scale)) == pytest.approx(expected, abs=0.2)
+    assert expected > 38
+    assert sqnr_db(weight, weight) == math.inf
+    assert sqnr_db(weight, torch.zeros_like(weight)) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("kernel", [ONEDNN, INT_MM], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (1, 512, 33), (17, 31, 5), (40, 257, 96), (130, 64, 1)])
+def test_kernel_equals_int64(kernel: Kernel, m: int, k: int, n: int) -> None:
+    if (why := refusal(kernel, "cpu")) is not None:
+        pytest.skip(why)
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    weight[0] = -128
+    codes = torch.randint(-128, 128, (m, k), dtype=torch.int16)
+    codes[0] = -128
+    stored = (codes + 128).to(torch.uint8) if kernel.unsigned else codes.to(torch.int8)
+    packed, ones = kernel.pack(weight), torch.ones(n)
+    got = kernel.multiply(stored, torch.ones(m, 1), packed, ones, None, torch.float32)
+    assert torch.equal(got.to(torch.int64), int_matmul(stored, weight))
+    assert torch.equal(int_matmul(stored, weight), (codes.double() @ weight.double().t()).to(torch.int64))
+    assert torch.equal(kernel.unpack(packed), weight)
+
+
+def test_an_inexact_kernel_is_refused_and_the_stand_in_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Saturating(type(INT_MM)):  # type: ignore[misc]
+        """int16 saturation, as a processor without VNNI multiplies."""
+
+        def multiply(self, *operands: object) -> torch.Tensor:
+            return super().multiply(*operands).clamp(-(2**15), 2**15 - 1)
+
+    broken = Saturating("saturating")
+    assert refusal(broken, "cpu") == "not exact on this processor"
+    monkeypatch.setattr(kernels_cpu, "KERNELS", (broken, SIMULATED))
+    chosen = kernel_for(CPU, 8, 8)
+    assert (chosen.name, chosen.exact) == ("simulated", False)
+    assert KERNELS[-1] is SIMULATED
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("m", [1, 127, 300])
+def test_eager_passes_equal_the_plain_ones(unsigned: bool, m: int) -> None:
+    x = (torch.randn(m, 50) * 3).bfloat16()
+    x[0, 0] = math.nan
+    codes, scale = kernels_cpu._codes_eager(x, unsigned)
+    want_codes, want_scale = quantise_rows(x, unsigned=unsigned)
+    assert torch.equal(codes[1:], want_codes[1:])
+    torch.testing.assert_close(scale, want_scale, rtol=0, atol=0, equal_nan=True)
+    product, bias = torch.randn(m, 50), torch.randn(50)
+    for dtype in (torch.float32, torch.bfloat16):
+        want = (product * scale + bias).to(dtype)
+        got = kernels_cpu._rescale_eager(product.clone(), scale, bias, dtype)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_without_a_compiler_large_passes_run_eagerly_and_say_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(function: object) -> object:
+        raise RuntimeError("no C++ compiler found\nlong trace")
+
+    monkeypatch.setattr(kernels_cpu, "_compile", no_compiler)
+    fresh = kernels_cpu._Accelerated(kernels_cpu._codes, kernels_cpu._codes_eager)
+    monkeypatch.setattr(kernels_cpu, "_QUANTISE", fresh)
+    assert kernels_cpu.compile_note() is None
+    x = torch.randn(kernels_cpu.COMPILE_FROM // 512, 512)
+    codes, scale = ONEDNN.quantise(x)
+    want_codes, want_scale = quantise_rows(x, unsigned=True)
+    assert torch.equal(codes, want_codes)
+    assert torch.equal(scale, want_scale)
+    note = kernels_cpu.compile_note()
+    assert note is not None
+    assert "no C++ compiler found" in note
+    assert "\n" not in note
+
+
+def test_small_passes_never_ask_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = kernels_cpu._Accelerated(kernels_cpu._codes, kernels_cpu._codes_eager)
+    monkeypatch.setattr(kernels_cpu, "_QUANTISE", fresh)
+    ONEDNN.quantise(torch.randn(75, 256))
+    assert fresh.compiled is None
+    assert fresh.failure is None

@@ -1,0 +1,71 @@
+"""The Triton kernels against the plain arithmetic: interpreted on the CPU, compiled where there is a CUDA device."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+from quant.primitives import int_matmul, quantise_rows
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def kernels() -> Iterator[ModuleType]:
+    pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")
+        sys.modules.pop("quant.triton_kernels", None)
+        yield importlib.import_module("quant.triton_kernels")
+        sys.modules.pop("quant.triton_kernels", None)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy, on NaN rows
+def test_quantiser_equals_the_plain_one(kernels: ModuleType) -> None:
+    x = torch.randn(9, 300, device=DEVICE) * torch.logspace(-6, 6, 9, device=DEVICE)[:, None]
+    x[0] = 0
+    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    for dtype in (torch.float32, torch.bfloat16):
+        codes, scale = kernels.quantise_rows(x.to(dtype))
+        want_codes, want_scale = quantise_rows(x.to(dtype))
+        torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0, equal_nan=True)
+        fine = [0, *range(3, 9)]
+        assert int((codes[fine].int() - want_codes[fine].int()).abs().max()) <= (1 if DEVICE == "cuda" else 0)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (5, 70, 33), (64, 64, 128), (130, 200, 300)])
+def test_product_is_exact_and_scaled(kernels: ModuleType, m: int, n: int, k: int) -> None:
+    codes = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    codes[0], weight[0] = -128, -128
+    rows, columns, bias = torch.rand(m, 1), torch.rand(n), torch.randn(n)
+    whole = int_matmul(codes, weight)
+    ones = (torch.ones(m, 1, device=DEVICE), torch.ones(n, device=DEVICE))
+    got = kernels.int8_linear(codes.to(DEVICE), ones[0], weight.to(DEVICE), ones[1], None, torch.float32)
+    assert torch.equal(got.cpu().to(torch.int64), whole)
+    operands = [t.to(DEVICE) for t in (codes, rows, weight, columns, bias)]
+    want = whole.double() * rows.double() * columns.double() + bias.double()
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
+        y = kernels.int8_linear(*operands, dtype).cpu().double()
+        assert float((y - want).norm() / want.norm()) <= bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 17, 1000])
+def test_layer_on_cuda(m: int) -> None:
+    from quant.linear import Int8Linear
+
+    linear = torch.nn.Linear(1536, 1544)
+    layer = Int8Linear.from_float(linear).to("cuda")
+    x = torch.randn(m, 1536)
+    y = layer(x.to("cuda", torch.bfloat16)).cpu().double()
+    want = x.bfloat16().double() @ linear.weight.double().t() + linear.bias.double()
+    assert float((y - want).norm() / want.norm()) <= 2e-2
+    assert layer.exact
+    assert layer.calls == 1
