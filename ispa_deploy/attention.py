@@ -1,9 +1,9 @@
-"""Attention that also returns its log-sum-exp, and the merge that joins disjoint key sets (paper section 3.4, eq. 9-12).
+"""Attention that returns its log-sum-exp, and the merge that joins disjoint key sets (paper section 3.4, eq. 9-12).
 
 Legend: B batch, Q queries, K keys, H heads, D head width. Unmasked, scaled by 1/sqrt(D), natural logarithm.
 `attend(q, near)` merged with `attend(q, far)` is `attend(q, near + far)`: one pass over both key sets yields the local
-output and the full one. Keys are partitioned, never masked: on CPU a fully masked row reports lse 0, which a merge would
-believe. Only this file knows the kernels; each is imported and probed on first use.
+output and the full one. Keys are partitioned, never masked: on CPU a fully masked row reports lse 0, which a merge
+would believe. Only this file knows the kernels; each is imported and probed on first use.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", mark: str 
 
 
 def merge(a: Attended, b: Attended) -> Attended:
-    """Join attention over two disjoint key sets (paper eq. 11-12); weights and sum in float32, or float64 for float64."""
+    """Join attention over two disjoint key sets (paper eq. 11-12); weights and sum in float32, float64 for float64."""
     with region("attention.merge"):
         wide = _lse_dtype(a.out)
         # Two empty sets give -inf - -inf = nan: any weight serves there, both outputs are zero.

@@ -3,26 +3,27 @@
 Legend: B batch, T tokens of a frame, S = F * T tokens of the current chunk, H heads, D head width.
 Everything is allocated up front; no pass concatenates. A layer is one of two things:
 
-- `WindowCache` (F-layer): the model's whole window in one buffer. The current chunk is written in place and attention is
-  one call over the filled part. While an observer listens, the same keys are attended as local and history parts and
-  merged, which is exact and yields both outputs (paper section 3.4).
+- `WindowCache` (F-layer): the model's whole window in one buffer. The current chunk is written in place and attention
+  is one call over the filled part. While an observer listens, the same keys are attended as local and history parts
+  and merged, which is exact and yields both outputs (paper section 3.4).
 - `LocalCache` (L-layer): frame 0 and r recent frames. The current chunk is transient: all L-layers share one scratch
   [sink | recent | current], reported apart from the persistent bytes.
 
-The model hands over queries and keys before rotation. With `rope = absolute` keys are stored rotated; with `window` they
-are stored as they come and rotated on every read at their slot in the window, into one shared scratch.
+The model hands over queries and keys before rotation. With `rope = absolute` keys are stored rotated; with `window`
+they are stored as they come and rotated on every read at their slot in the window, into one shared scratch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ispa_deploy.attention import attend, merge
+from ispa_deploy.attention import Attended, attend, merge
 from ispa_deploy.errors import InputError
 from ispa_deploy.regions import region
 from ispa_deploy.rope import Rope, rotate
@@ -47,14 +48,34 @@ class Frames(Protocol):
     def scratch(self, name: str, frames: int) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Shape of one frame's keys in one layer, and where they live."""
+
+    batch: int
+    tokens: int
+    heads: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def buffer(self, frames: int) -> Tensor:
+        """(B, F, T, H, D) of zeros."""
+        shape = (self.batch, frames, self.tokens, self.heads, self.width)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one frame's keys and values in one layer."""
+        return 2 * self.batch * self.tokens * self.heads * self.width * self.dtype.itemsize
+
+
 class WindowCache:
     """An F-layer's window: buffers (B, W, T, H, D) and the table of what lies where."""
 
-    def __init__(self, shape: tuple[int, ...], slots: WindowSlots, ema: float | None, options: dict[str, object]):
-        batch, tokens, heads, width = shape
-        self.slots, self._ema, self._tokens = slots, ema, tokens
-        self.k = torch.zeros(batch, slots.capacity, tokens, heads, width, **options)  # type: ignore[arg-type]
-        self.v = torch.zeros_like(self.k)
+    def __init__(self, layout: Layout, slots: WindowSlots, ema: float | None):
+        self.slots, self._ema, self._tokens = slots, ema, layout.tokens
+        self.k, self.v = layout.buffer(slots.capacity), layout.buffer(slots.capacity)
 
     def begin(self, start: int, count: int) -> None:
         """Evict and move so that the chunk's slots are free."""
@@ -92,7 +113,7 @@ class WindowCache:
         frames.observer(layer, local.out, full.out)
         return full.out
 
-    def _attend(self, q: Tensor, keys: Tensor, ranges: tuple[Range, ...], backend: str):  # type: ignore[no-untyped-def]
+    def _attend(self, q: Tensor, keys: Tensor, ranges: tuple[Range, ...], backend: str) -> Attended:
         parts = [
             attend(q, keys[:, a:b].flatten(1, 2), self.v[:, a:b].flatten(1, 2), backend=backend) for a, b in ranges
         ]
@@ -102,24 +123,22 @@ class WindowCache:
         return whole
 
     def nbytes(self) -> int:
-        return self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes()
+        return int(self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes())
 
 
 class LocalCache:
     """An L-layer's persistent frames: the first `sink` frames of the stream and the `recent` newest committed ones."""
 
-    def __init__(self, shape: tuple[int, ...], sink: int, recent: int, options: dict[str, object]):
-        batch, tokens, heads, width = shape
-        self.sink, self.recent, self._tokens = sink, recent, tokens
+    def __init__(self, layout: Layout, sink: int, recent: int):
+        self.sink, self.recent, self._tokens = sink, recent, layout.tokens
         self.frames: list[int] = []
-        self.k = torch.zeros(batch, sink + recent, tokens, heads, width, **options)  # type: ignore[arg-type]
-        self.v = torch.zeros_like(self.k)
+        self.k, self.v = layout.buffer(sink + recent), layout.buffer(sink + recent)
 
     def begin(self, start: int, count: int) -> None:
         """Nothing to move: the current chunk lives in the shared scratch."""
 
     def keep(self, frames: list[int], k: Tensor, v: Tensor) -> None:
-        """Keep those of `frames` (k, v: (B, F, T, H, D)) that are sink or recent, in place of the oldest recent ones."""
+        """Keep those of `frames` (k, v: (B, F, T, H, D)) that are sink or recent, replacing the oldest recent ones."""
         for index, frame in enumerate(frames):
             if frame < self.sink or self.recent:
                 slot = self._slot_for(frame)
@@ -154,15 +173,15 @@ class LocalCache:
         return out
 
     def nbytes(self) -> int:
-        return self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes()
+        return int(self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes())
 
 
 class KVCache:
     """All layers' caches of one stream. The model asks `layer(i)` for its attention; the stream drives the rest.
 
     `observer(layer, local, full)` listens on F-layers: (B, S, H, D) outputs of attention over local and over all keys.
-    `committing` marks the clean pass, the only writer of history. Shapes other than the spec's own latent size are given
-    by `grid` (rows, columns of tokens).
+    `committing` marks the clean pass, the only writer of history. Shapes other than the spec's own latent size are
+    given by `grid` (rows, columns of tokens).
     """
 
     def __init__(
@@ -183,8 +202,7 @@ class KVCache:
         self.committing = False
         self.start, self.count = 0, 0
         self.device, self.frame_tokens = torch.device(device), rows * columns
-        self._shape = (batch, rows * columns, spec.heads, spec.head_dim)
-        self._options: dict[str, object] = {"dtype": dtype, "device": device}
+        self._layout = Layout(batch, rows * columns, spec.heads, spec.head_dim, dtype, self.device)
         self._rope = Rope(spec.head_dim, (rows, columns), theta=spec.rope_theta, device=device)
         self._turn = torch.empty(0)
         self._turns: dict[tuple[int, ...], Tensor] = {}
@@ -195,7 +213,7 @@ class KVCache:
         spec = self.spec
         capacity = spec.window_frames
         slots = WindowSlots(capacity, spec.sink_frames, spec.chunk_frames, self.recent, spec.rolls)
-        return WindowCache(self._shape, slots, spec.ema_sink, self._options)
+        return WindowCache(self._layout, slots, spec.ema_sink)
 
     # -- driven by the stream
 
@@ -227,7 +245,7 @@ class KVCache:
         """Make an F-layer an L-layer: keep its first `sink` and newest `recent` frames, free the rest."""
         old = self._layers[layer]
         assert isinstance(old, WindowCache), f"layer {layer} is local already"
-        new = LocalCache(self._shape, sink, recent, self._options)
+        new = LocalCache(self._layout, sink, recent)
         slots = old.slots.temporal()
         kept = [s for s in slots if old.slots.frames[s] < sink] + (slots[-recent:] if recent else [])
         kept = list(dict.fromkeys(kept))
@@ -285,9 +303,7 @@ class KVCache:
         """(B, F, T, H, D) of shared, transient space."""
         held = self._scratch.get(name)
         if held is None or held.shape[1] < frames:
-            batch, tokens, heads, width = self._shape
-            held = torch.zeros(batch, frames, tokens, heads, width, **self._options)  # type: ignore[arg-type]
-            self._scratch[name] = held
+            held = self._scratch[name] = self._layout.buffer(frames)
         return held[:, :frames]
 
     # -- asked by reports and tests
@@ -310,10 +326,8 @@ class KVCache:
 
     def scratch_bytes(self) -> int:
         """Bytes allocated for transient keys and values shared by all layers."""
-        return sum(scratch.untyped_storage().nbytes() for scratch in self._scratch.values())
+        return int(sum(scratch.untyped_storage().nbytes() for scratch in self._scratch.values()))
 
     def full_bytes(self) -> int:
         """Bytes `persistent_bytes` reports while every layer is an F-layer."""
-        batch, tokens, heads, width = self._shape
-        one = batch * tokens * heads * width * torch.empty(0, dtype=self._options["dtype"]).element_size()  # type: ignore[call-overload]
-        return int(2 * one * self.spec.window_frames * self.spec.layers)
+        return self._layout.frame_bytes * self.spec.window_frames * self.spec.layers

@@ -1,6 +1,7 @@
 """The causal Wan DiT: one file for every T2V checkpoint, parameter names as upstream.
 
-Legend: B batch, F frames of the call, T tokens of a frame, S = F * T, C model width, H heads, D head width, L text rows.
+Legend: B batch, F frames of the call, T tokens of a frame, S = F * T, C model width, H heads, D head width, L text
+rows.
 
 The model knows nothing of caches, policies or absorption: it asks `memory.layer(i)` for attention over whatever that
 memory holds and passes queries and keys before rotation. What does not change within a stream is computed once and
@@ -84,7 +85,7 @@ class SelfAttention(_Projections):
         q, k, v = self.q(y), self.k(y), self.v(y)
         with region("overhead.norm"):
             q, k = self.norm_q(q), self.norm_k(k)
-        return self.o(attention(self.split(q), self.split(k), self.split(v)).flatten(-2))  # type: ignore[no-any-return]
+        return self.o(attention(self.split(q), self.split(k), self.split(v)).flatten(-2))
 
 
 class CrossAttention(_Projections):
@@ -97,7 +98,7 @@ class CrossAttention(_Projections):
         q = self.q(y)
         with region("overhead.norm"):
             q = self.split(self.norm_q(q))
-        return self.o(attention(q, *text).flatten(-2))  # type: ignore[no-any-return]
+        return self.o(attention(q, *text).flatten(-2))
 
 
 class Block(nn.Module):
@@ -159,6 +160,10 @@ class CausalWanDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.layers))
         self.head = Head(spec)
 
+    def layers(self) -> list[Block]:
+        """The transformer layers, first to last."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
     @property
     def dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
@@ -171,14 +176,14 @@ class CausalWanDiT(nn.Module):
         """Timesteps (B, F) float32 in [0, 1000] -> everything that depends on them alone."""
         e = self.time_embedding(sinusoid(t, self.spec.freq_dim).to(self.device, self.dtype))
         e6 = self.time_projection(e).unflatten(-1, (6, -1))
-        blocks = tuple(_chunks(block.modulation + e6) for block in self.blocks)
+        blocks = tuple(_chunks(block.modulation + e6) for block in self.layers())
         return Conditioning(blocks, _chunks(self.head.modulation + e.unsqueeze(-2)))
 
     def encode_text(self, rows: Tensor) -> TextKV:
         """Text rows (B, L, text_dim), zero after the prompt's end (and attended to all the same) -> keys and values."""
         with region("overhead.text"):
             context = self.text_embedding(rows.to(self.device, self.dtype))
-            return TextKV(tuple(block.cross_attn.text(context) for block in self.blocks))
+            return TextKV(tuple(block.cross_attn.text(context) for block in self.layers()))
 
     def forward(self, x: Tensor, condition: Conditioning, text: TextKV, memory: Memory) -> Tensor:
         """x (B, F, C, H, W) -> velocity noise - x0 of the same shape, in the model's dtype."""

@@ -92,7 +92,7 @@ def open_stream(
         backend=options.backend,
     )  # fmt: skip
     absorber = Absorber(
-        targets=[block.self_attn.o for block in model.blocks],
+        targets=[block.self_attn.o for block in model.layers()],
         cache=cache,
         policy=policy,
         settings=options.settings(),

@@ -78,8 +78,8 @@ def denoise_by_euler(velocity: Velocity, noise: Noise, schedule: Schedule) -> Te
 
 @dataclass(frozen=True)
 class ChunkNoise:
-    """Noise keyed by (seed, chunk, pass): drawn on the CPU, so every device sees the same, and a longer stream keeps its
-    early frames."""
+    """Noise keyed by (seed, chunk, pass): drawn on the CPU, so every device sees the same, and a longer stream keeps
+    its early frames."""
 
     seed: int
     shape: tuple[int, ...]

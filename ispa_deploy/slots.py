@@ -57,7 +57,7 @@ class WindowSlots:
             raise InputError(f"recent frames {self.recent}: expected a multiple of the chunk ({self.chunk} frames)")
         if self.capacity < 1 + self.recent + self.chunk:
             raise InputError(
-                f"window of {self.capacity} frames cannot hold sink + {self.recent} recent + {self.chunk} current frames"
+                f"window of {self.capacity} frames cannot hold sink, {self.recent} recent and {self.chunk} current"
             )
         self.frames = self.frames or [-1] * self.capacity
 

@@ -18,9 +18,9 @@ Rope = Literal["absolute", "window"]
 class ModelSpec:
     """Geometry, window and sampling of one causal Wan model.
 
-    `rope`: `absolute` caches rotated keys at their frame index; `window` caches keys before rotation and rotates them at
-    their slot in the window on every read (LongLive "infinity", Reward-Forcing), so a stream has no length limit.
-    `ema_sink`: the sink absorbs evicted frames as sink = a * sink + (1 - a) * evicted (Reward-Forcing), None for a frozen sink.
+    `rope`: `absolute` caches rotated keys at their frame index; `window` caches keys before rotation and rotates them
+    at their slot in the window on every read (LongLive "infinity", Reward-Forcing), so a stream has no length limit.
+    `ema_sink`: the sink takes in evicted frames, sink = a * sink + (1 - a) * evicted (Reward-Forcing); None: frozen.
     `rolls`: whether the window evicts; without it a stream ends when the window is full (Self-Forcing).
     `first_steps`: Euler steps of the first chunk for a model that was not distilled to few steps; None: as any chunk.
     """
@@ -62,11 +62,12 @@ class ModelSpec:
             )
         if self.latent_height % self.patch[1] or self.latent_width % self.patch[2]:
             raise InputError(
-                f"model '{self.name}': latent {self.latent_height}x{self.latent_width} is not a multiple of patch {self.patch[1:]}"
+                f"model '{self.name}': latent {self.latent_height}x{self.latent_width} is no multiple of its patch"
             )
         if self.window_frames < self.sink_frames + self.chunk_frames:
             raise InputError(
-                f"model '{self.name}': window {self.window_frames} is shorter than sink {self.sink_frames} + chunk {self.chunk_frames}"
+                f"model '{self.name}': window {self.window_frames} is shorter than sink {self.sink_frames} + chunk "
+                f"{self.chunk_frames}"
             )
 
     @property
@@ -101,10 +102,9 @@ class ModelSpec:
             raise InputError(
                 f"model description has unknown fields {unknown}: written by a newer version? upgrade ispa-deploy"
             )
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         try:
-            return ModelSpec(
-                **{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-            )
+            return ModelSpec(**values)
         except TypeError as error:
             raise InputError(f"model description is incomplete: {error}") from None
 

@@ -1,14 +1,13 @@
 """The streaming loop: denoise a chunk, commit it, hand it out.
 
-`for chunk in stream:` yields latents, and pixels when a decoder is given. Timing, statistics and cache arithmetic are not
-here: regions mark time, the absorber watches, the cache keeps.
+`for chunk in stream:` yields latents, and pixels when a decoder is given. Timing, statistics and cache arithmetic are
+not here: regions mark time, the absorber watches, the cache keeps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +26,8 @@ NoiseSource = Callable[[int, int, int], Tensor]
 """Chunk number, frames, pass -> noise (B, F, C, H, W) float32."""
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True)
+class Chunk:
     """One AR step: its number, first frame, latents (B, F, C, H, W) float32, and pixels (B, F', 3, h, w) or None."""
 
     index: int
@@ -55,9 +55,9 @@ def plan_chunks(spec: ModelSpec, frames: int) -> list[tuple[int, int]]:
 class Stream:
     """One video being generated. Iterate once; the absorber's session spans the iteration.
 
-    `text` is prepared text of the first prompt; `switches` maps a frame to the text that holds from the next chunk border
-    on. `initial` (B, F, C, H, W) latents are committed before generation starts. `commit_last` also runs the clean pass of
-    the last chunk, which nothing reads unless the stream is continued.
+    `text` is prepared text of the first prompt; `switches` pairs a frame with the text that holds from the next chunk
+    border on. `initial` (B, F, C, H, W) latents are committed before generation starts. `commit_last` also runs the
+    clean pass of the last chunk, which nothing reads unless the stream is continued.
     """
 
     model: CausalWanDiT
@@ -106,7 +106,7 @@ class Stream:
         return self.sampler.denoise(index, self._velocity, lambda step: self.noise(index, count, step))
 
     def _velocity(self, x: Tensor, timestep: float) -> Tensor:
-        return self.model(x, self._condition(timestep), self.text, self.cache)  # type: ignore[no-any-return]
+        return self.model(x, self._condition(timestep), self.text, self.cache)
 
     @torch.inference_mode()
     def _commit(self, latents: Tensor) -> None:

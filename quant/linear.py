@@ -18,7 +18,7 @@ from ispa_deploy.delta import DELTA_MODES, Delta
 from ispa_deploy.errors import InputError
 from ispa_deploy.regions import region
 from quant.kernels import Kernel, QuantisedRows, Resident, kernel_for, multiply, quantise
-from quant.primitives import MAX_FEATURES, dequantise, quantise_weight
+from quant.primitives import MAX_FEATURES, check_finite, dequantise, quantise_weight
 
 
 def _mark(name: str) -> AbstractContextManager[None]:
@@ -95,7 +95,8 @@ class Int8Linear(nn.Module):
     def _forward_folded(self, x: Tensor) -> Tensor:
         assert self._folded is not None
         if self._folded.dtype != x.dtype:
-            self._folded = self._with_delta().to(x.dtype)
+            assert self.delta is not None
+            self._folded = self._with(self.delta).to(x.dtype)
         bias = self.bias if self._moved_bias is None else self._moved_bias
         with _mark("linear.gemm"):
             return F.linear(x, self._folded, None if bias is None else bias.to(x.dtype))
@@ -167,9 +168,8 @@ class Int8Linear(nn.Module):
         """(N, K) float32: codes times scales."""
         return dequantise(self.codes(), self.weight_scale)
 
-    def _with_delta(self) -> Tensor:
-        assert self.delta is not None
-        return self.reference_weight().add_(self.delta.weight)
+    def _with(self, delta: Delta) -> Tensor:
+        return self.reference_weight().add_(delta.weight)
 
     def set_delta(self, delta: Delta | None, mode: str = "auto") -> None:
         """Carry `delta` from now on; `auto` is `requant`: one int8 product, no slower than without a delta.
@@ -178,24 +178,27 @@ class Int8Linear(nn.Module):
         """
         if mode not in DELTA_MODES:
             raise InputError(f"delta mode '{mode}': expected one of {', '.join(DELTA_MODES)}")
+        if delta is not None:
+            self._check(delta)
         if self._requantised is not None:
             self._retired_calls += self._requantised.entry.calls
         self.delta = self.delta_mode = self._requantised = self._folded = self._moved_bias = None
         if delta is None:
             return
-        if delta.weight.shape != (self.out_features, self.in_features):
-            raise InputError(
-                f"delta of shape {tuple(delta.weight.shape)} on a layer of {(self.out_features, self.in_features)}: "
-                "expected the same shape; was it made for another model?"
-            )
         own = self._prepared()
         self.delta, self.delta_mode = delta, "requant" if mode == "auto" else mode
         if self.delta_mode == "requant":
-            self._requantised = Resident(own.entry.kernel, *quantise_weight(self._with_delta(), "delta"))
+            self._requantised = Resident(own.entry.kernel, *quantise_weight(self._with(delta), "delta"))
         elif self.delta_mode == "fold":
-            self._folded = self._with_delta().to(delta.weight.dtype)
+            self._folded = self._with(delta).to(delta.weight.dtype)
         if delta.bias is not None:
             self._moved_bias = delta.bias if self.bias is None else self.bias + delta.bias
+
+    def _check(self, delta: Delta) -> None:
+        expected = (self.out_features, self.in_features)
+        if delta.weight.shape != expected:
+            raise InputError(f"delta of shape {tuple(delta.weight.shape)}: expected {expected}; choose its own model")
+        check_finite(delta.weight, "delta")
 
     def delta_nbytes(self) -> int:
         """Bytes held because of the delta: the delta itself and the second weight of `requant` or `fold`."""

@@ -80,9 +80,10 @@ def test_every_linear_is_reported_with_its_reason(model: Model) -> None:
 
 def test_the_converted_model_is_close(model: Model) -> None:
     x = torch.randn(30, 32)
-    want = model(x)
-    quantise_(model, INT8)
-    assert float((model(x) - want).norm() / want.norm()) < 3e-2
+    with torch.no_grad():
+        want = model(x)
+        quantise_(model, INT8)
+        assert float((model(x) - want).norm() / want.norm()) < 3e-2
 
 
 def test_a_shared_linear_stays_shared(model: Model) -> None:

@@ -177,10 +177,11 @@ def test_bad_deltas_are_refused_and_change_nothing(layer: Int8Linear) -> None:
         layer.set_delta(a_delta(), "sideways")
     with pytest.raises(InputError, match="delta of shape"):
         layer.set_delta(Delta(torch.zeros(K, N)))
-    with pytest.raises(InputError, match="delta: 1 of 200 rows hold NaN"):
-        poisoned = a_delta()
-        poisoned.weight[3, 3] = math.nan
-        layer.set_delta(poisoned, "requant")
+    poisoned = a_delta()
+    poisoned.weight[3, 3] = math.nan
+    for mode in ("side", "requant", "fold"):
+        with pytest.raises(InputError, match="delta: 1 of 200 rows hold NaN"):
+            layer.set_delta(poisoned, mode)
     assert layer.delta is None
     assert torch.equal(layer(x), before)
 
@@ -237,22 +238,25 @@ def test_moving_keeps_float32_scales_and_codes(layer: Int8Linear) -> None:
     assert relative(layer(x), y) < 1e-2
 
 
-def test_copies_are_independent_and_packs_are_freed(layer: Int8Linear) -> None:
+def test_copies_are_independent_and_packs_are_freed(linear: nn.Linear) -> None:
     gc.collect()
     x, alive = torch.randn(8, K), resident_count()
+    layer = Int8Linear.from_float(linear)
     y = layer(x)
     layer.set_delta(a_delta(), "requant")
-    twin = copy.deepcopy(layer)
-    want = layer(x)
+    assert resident_count() == alive + 2
+    twin, want = copy.deepcopy(layer), layer(x)
+    assert resident_count() == alive + 4
     del layer
     gc.collect()
+    assert resident_count() == alive + 2
     assert torch.equal(twin(x), want)
     twin.set_delta(None)
+    assert resident_count() == alive + 1
     assert torch.equal(twin(x), y)
-    assert resident_count() - alive <= 2  # the fixture holds the original
     del twin
     gc.collect()
-    assert resident_count() - alive <= 2
+    assert resident_count() == alive
 
 
 def test_regions_are_marked(layer: Int8Linear) -> None:

@@ -1,1 +1,1 @@
-"""Instance-specific parametric absorption: statistics of what history adds, a closed-form correction, the transition."""
+"""Instance-specific parametric absorption: statistics of what history adds, a closed form, the transition."""

@@ -2,9 +2,9 @@
 
     full ──begin──► warm-up ──T_warm frames──► absorbed ──recalibrate──► warm-up …
 
-During the warm-up every F-layer's local and full attention outputs are summed up. At the transition each layer is solved,
-the layers are ranked by their error, and the K best become L-layers: history freed, correction on. Layers are never
-written to for good: leaving the session, also by an exception, restores the original weights bit for bit.
+During the warm-up every F-layer's local and full attention outputs are summed up. At the transition each layer is
+solved, the layers are ranked by their error, and the K best become L-layers: history freed, correction on. Layers are
+never written to for good: leaving the session, also by an exception, restores the original weights bit for bit.
 """
 
 from __future__ import annotations

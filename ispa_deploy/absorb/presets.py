@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ispa_deploy.absorb.solve import Ridge
@@ -16,13 +16,13 @@ class Settings:
     """How statistics are collected, solved and ranked.
 
     `warmup` frames are watched before the transition. `half_life` (frames) lets older rows fade, None keeps all equal.
-    `all_rows` also counts chunks that have no history yet, whose gap is exactly zero. `ranking`: `epsilon` is the error on
-    the rows of the fit, `heldout` the error on the last warm-up chunk of a fit to the ones before. `rows_per_width`: rows are
-    subsampled by a stride that keeps at least this many times the layer's width; None keeps every row.
+    `all_rows` also counts chunks that have no history yet, whose gap is exactly zero. `ranking`: `epsilon` is the error
+    on the rows of the fit, `heldout` the error on the last warm-up chunk of a fit to the ones before. `rows_per_width`:
+    rows are subsampled by a stride that keeps at least this many times the layer's width; None keeps every row.
     """
 
     warmup: int = 12
-    ridge: Ridge = Ridge(relative=1e-2)
+    ridge: Ridge = field(default_factory=lambda: Ridge(relative=1e-2))
     half_life: float | None = 3.0
     intercept: bool = True
     all_rows: bool = False
@@ -37,8 +37,8 @@ class Settings:
         needed = first + (2 if self.ranking == "heldout" else 1) * chunk
         if self.warmup < needed or (self.warmup - first) % chunk:
             raise InputError(
-                f"warm-up of {self.warmup} frames: ranking '{self.ranking}' needs at least {needed} frames in whole chunks "
-                f"({first} + a multiple of {chunk})"
+                f"warm-up of {self.warmup} frames: ranking '{self.ranking}' needs at least {needed} frames in whole "
+                f"chunks ({first} + a multiple of {chunk})"
             )
 
 

@@ -32,7 +32,8 @@ class Ridge:
 @dataclass(frozen=True)
 class Solution:
     """ΔW (O, I) and bias change (O,) or None in float64; λ used; condition of G + λI; effective rank tr(G)²/‖G‖²_F;
-    `residual` on the rows of the fit and `gap`, what it was without ΔW. `status`: `ok`, `ridge raised x10^k` or `failed: why`."""
+    `residual` on the rows of the fit and `gap`, what it was without ΔW. `status`: `ok`, `ridge raised x10^k` or
+    `failed: why`."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -92,7 +93,7 @@ def _factorise(gram: Tensor, strength: float) -> tuple[Tensor | None, float, int
 
 
 def _condition(gram: Tensor, strength: float, factor: Tensor, steps: int = 30) -> float:
-    """Largest over smallest eigenvalue of G + λI by power and inverse iteration: a few products, not a decomposition."""
+    """Largest over smallest eigenvalue of G + λI by power and inverse iteration: products, not a decomposition."""
     start = torch.ones(len(gram), 1, dtype=gram.dtype, device=gram.device)
     start += torch.arange(len(gram), device=gram.device).unsqueeze(1) / len(gram)
     largest, smallest = start, start

@@ -3,8 +3,8 @@
 Legend: R rows (tokens of a pass), I inputs of the output projection `o`, O its outputs. Row vectors, as in the paper: a
 row `a` of A_loc and the gap `e` of A_full - A_loc enter `o` as rows, and W = o.weight.T.
 
-Only sums are kept, so memory does not grow with the stream and ΔW, its error on these rows and on any other split follow
-without a second pass (paper eq. 4-6).
+Only sums are kept, so memory does not grow with the stream and ΔW, its error on these rows and on any other split
+follow without a second pass (paper eq. 4-6).
 """
 
 from __future__ import annotations

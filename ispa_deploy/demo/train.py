@@ -1,8 +1,8 @@
 """Train the embedded model: `python -m ispa_deploy.demo.train --out weights.safetensors`.
 
-Teacher forcing with flow matching on procedurally drawn clips. Every clip is given twice in one pass, once clean and once
-noisy; a noisy chunk sees itself and the clean chunks before it, as it will when it streams. The model file is the one
-that streams: only its memory is exchanged for `TeacherForcing`.
+Teacher forcing with flow matching on procedurally drawn clips. Every clip is given twice in one pass, once clean and
+once noisy; a noisy chunk sees itself and the clean chunks before it, as it will when it streams. The model file is the
+one that streams: only its memory is exchanged for `TeacherForcing`.
 
 - Half of the clips keep frame 0 and jump ahead by up to 60 frames, so an old sink is nothing new to the model.
 - The clean copy is lightly noised without telling the model: when streaming, history is its own imperfect output.
@@ -185,13 +185,13 @@ class Trainer:
             optimiser.param_groups[0]["lr"] = rate * recipe.rate(self.step)
         clips = draw(recipe, recipe.clips, SPEC.window_frames, generator)
         per_frame = loss_of(self.model, clips, self.clip_memory)
-        (per_frame * clips.weight).mean().backward()  # type: ignore[no-untyped-call]
+        (per_frame * clips.weight).mean().backward()
         first = draw(recipe, recipe.first_chunks, SPEC.chunk_frames, generator)
         first_loss = loss_of(self.model, first, self.first_memory).mean()
-        (recipe.first_chunk_weight * first_loss).backward()  # type: ignore[no-untyped-call]
+        (recipe.first_chunk_weight * first_loss).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
-            optimiser.step()
+            optimiser.step()  # type: ignore[no-untyped-call]
             optimiser.zero_grad()
         decay = min(recipe.ema, (self.step + 1) / (self.step + 20))
         with torch.no_grad():
@@ -226,12 +226,10 @@ class Trainer:
 
 def initialise(model: CausalWanDiT) -> CausalWanDiT:
     """The network starts as the identity of its residual stream, with an output of zero."""
-    for zeroed in (model.head.head, model.time_projection[1]):
-        nn.init.zeros_(zeroed.weight)
-        nn.init.zeros_(zeroed.bias)
-    for block in model.blocks:
-        nn.init.zeros_(block.self_attn.o.bias)
-        nn.init.zeros_(block.ffn[2].bias)
+    zeroed = ("head.head.weight", "head.head.bias", "time_projection.1.weight", "time_projection.1.bias")
+    for name, parameter in model.named_parameters():
+        if name in zeroed or name.endswith(("self_attn.o.bias", "ffn.2.bias")):
+            nn.init.zeros_(parameter)
     return model
 
 
@@ -242,7 +240,7 @@ def _replace(path: Path, write: object) -> None:
 
 
 def compile_blocks(model: CausalWanDiT) -> bool:
-    """Compile one layer for all of them; False without a C++ compiler, where eager training takes about twice as long."""
+    """Compile one layer for all of them; False without a C++ compiler, where training is eager and slower."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         return False
     for block in model.blocks:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """`localises`: chosen layers keep only local frames after the warm-up; `absorbs`: with a correction of their output
-    projection. `sink`: whether local frames include frame 0 (1) or not (0). `own_window`: a window of its own length."""
+    projection. `sink`: whether local frames include frame 0 (1) or not (0). `own_window`: another window length."""
 
     name: str
     summary: str
