@@ -22,6 +22,7 @@ class ModelSpec:
     at their slot in the window on every read (LongLive "infinity", Reward-Forcing), so a stream has no length limit.
     `ema_sink`: the sink takes in evicted frames, sink = a * sink + (1 - a) * evicted (Reward-Forcing); None: frozen.
     `rolls`: whether the window evicts; without it a stream ends when the window is full (Self-Forcing).
+    `temporal_stride`: pixel frames for each latent frame after the first, which is one.
     `first_steps`: Euler steps of the first chunk for a model that was not distilled to few steps; None: as any chunk.
     """
 
@@ -52,6 +53,7 @@ class ModelSpec:
     shift: float = 5.0
     context_timestep: float = 0.0
     fps: int = 16
+    temporal_stride: int = 4
     source: str = ""
     licence: str = ""
 
@@ -88,6 +90,10 @@ class ModelSpec:
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent frame."""
         return self.latent_channels, self.latent_height, self.latent_width
+
+    def pixel_frames(self, frames: int) -> int:
+        """Pixel frames of `frames` latent frames."""
+        return 1 + self.temporal_stride * (frames - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for manifests."""
@@ -137,7 +143,7 @@ _TABLE = (
     ModelSpec(
         name="demo", dim=128, ffn_dim=256, heads=4, layers=10, freq_dim=256, text_dim=32, text_len=8,
         latent_channels=40, latent_height=5, latent_width=5, patch=(1, 1, 1), rope="window", rope_theta=100.0,
-        window_frames=12, sink_frames=1, shift=3.0, first_steps=16, fps=8,
+        window_frames=12, sink_frames=1, shift=3.0, first_steps=16, fps=8, temporal_stride=1,
         source="shipped in the package; trained by `python -m ispa_deploy.demo.train`", licence="Apache-2.0",
     ),
 )  # fmt: skip

@@ -107,9 +107,7 @@ def resident_count() -> int:
     return len(_TABLE)
 
 
-def _run(
-    codes: Tensor, scale: Tensor, number: Tensor, bias: Tensor | None, outputs: int, dtype: torch.dtype
-) -> Tensor:
+def _run(codes: Tensor, scale: Tensor, number: Tensor, bias: Tensor | None, outputs: int, dtype: torch.dtype) -> Tensor:
     entry = _TABLE[int(number)]
     entry.calls += 1
     if codes.shape[0] == 0:
@@ -121,9 +119,7 @@ _run_in_graph = torch.library.custom_op("ispa_quant::linear", _run, mutates_args
 
 
 @_run_in_graph.register_fake
-def _(
-    codes: Tensor, scale: Tensor, number: Tensor, bias: Tensor | None, outputs: int, dtype: torch.dtype
-) -> Tensor:
+def _(codes: Tensor, scale: Tensor, number: Tensor, bias: Tensor | None, outputs: int, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(codes.shape[0], outputs, dtype=dtype)
 
 

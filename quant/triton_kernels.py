@@ -23,9 +23,7 @@ _FLOOR = tl.constexpr(1.1754943508222875e-38)
 
 
 def _config(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:
-    return triton.Config(
-        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}, num_warps=warps, num_stages=stages
-    )
+    return triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}, num_warps=warps, num_stages=stages)
 
 
 # Hopper: tiles of 64 rows per warp group, two operand tiles of up to three stages inside 228 KiB of shared memory.

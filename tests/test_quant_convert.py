@@ -1,4 +1,4 @@
-"""Laws of conversion and audit: every linear is accounted for, rules hold, bundles load bit-equal, silence is an error."""
+"""Laws of conversion and audit: every linear accounted for, rules hold, states load bit-equal, silence is an error."""
 
 from __future__ import annotations
 

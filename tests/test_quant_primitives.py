@@ -146,3 +146,20 @@ def test_small_passes_never_ask_for_a_compiler(monkeypatch: pytest.MonkeyPatch) 
     ONEDNN.quantise(torch.randn(75, 256))
     assert fresh.compiled is None
     assert fresh.failure is None
+
+
+@pytest.mark.slow
+def test_compiled_passes_give_the_same_bits() -> None:
+    """Skips where nothing can be compiled; slow because a cold compiler takes half a minute."""
+    passes = kernels_cpu._Accelerated(kernels_cpu._codes, kernels_cpu._codes_eager, threshold=0)
+    rescales = kernels_cpu._Accelerated(kernels_cpu.rescale, kernels_cpu._rescale_eager, threshold=0)
+    x, product, bias = torch.randn(150, 256).bfloat16(), torch.randn(150, 64).bfloat16(), torch.randn(64)
+    for unsigned in (True, False):
+        codes, scale = passes(x, unsigned)
+        want_codes, want_scale = passes.eager(x, unsigned)
+        assert torch.equal(codes, want_codes)
+        assert torch.equal(scale, want_scale)
+        got = rescales(product, scale, bias, torch.bfloat16)
+        assert torch.equal(got, rescales.eager(product.clone(), scale, bias, torch.bfloat16))
+    if passes.failure or rescales.failure:
+        pytest.skip(str(passes.failure or rescales.failure))

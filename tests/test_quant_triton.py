@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -13,17 +15,27 @@ import torch
 from quant.primitives import int_matmul, quantise_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
+def test_this_file_interpreted() -> None:
+    """Triton chooses its interpreter when it is first imported, so the CPU case needs a process of its own."""
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stdout[-3000:]
+    assert "5 passed" in child.stdout
 
 
 @pytest.fixture
-def kernels() -> Iterator[ModuleType]:
+def kernels() -> ModuleType:
     pytest.importorskip("triton")
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")
-        sys.modules.pop("quant.triton_kernels", None)
-        yield importlib.import_module("quant.triton_kernels")
-        sys.modules.pop("quant.triton_kernels", None)
+    if DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("runs in the child process of test_this_file_interpreted")
+    return importlib.import_module("quant.triton_kernels")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy, on NaN rows

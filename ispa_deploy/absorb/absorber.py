@@ -229,6 +229,23 @@ class Absorber:
 
     # -- observed by reports
 
+    def describe(self) -> str:
+        """The state in words, for a progress bar: `warm-up`, `absorbed (15/30)`, `full`."""
+        if self.state != "absorbed":
+            return self.state
+        word = "absorbed" if self.policy.absorbs else "local"
+        return f"{word} ({len(self.local_layers())}/{len(self.targets)})"
+
+    def notes(self) -> list[str]:
+        """What a user should know and did not ask: one line each."""
+        notes = []
+        if self.state == "warm-up":
+            frames = self.settings.warmup
+            notes.append(f"the stream ended within its warm-up of {frames} frames: every layer ran on the full cache")
+        troubled = {layer: r.solution.status for layer, r in enumerate(self.records) if r.solution}
+        notes += [f"layer {layer}: {status}" for layer, status in troubled.items() if status != "ok"]
+        return notes
+
     def local_layers(self) -> list[int]:
         return [layer for layer, record in enumerate(self.records) if record.local]
 
@@ -245,4 +262,5 @@ class Absorber:
             "state": self.state,
             "local_layers": self.local_layers(),
             "layers": [record.to_dict() for record in self.records],
+            "notes": self.notes(),
         }

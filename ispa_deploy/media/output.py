@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -31,3 +32,12 @@ def output_path(path: str | Path, suffix: str, what: str) -> Path:
 def partial_path(path: Path) -> Path:
     """The hidden sibling that holds `path` until it is whole; on the same disk, so that the rename is atomic."""
     return path.with_name(f".{path.stem}.partial{path.suffix}")
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file whole or not at all."""
+    target = output_path(path, Path(path).suffix.lower(), "report")
+    partial = partial_path(target)
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, target)
+    return target

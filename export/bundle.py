@@ -1,0 +1,218 @@
+"""Opens a bundle: every byte, name, shape, dtype and number is checked before the model is handed out.
+
+The network is built on the meta device, so no random weights are drawn and none are held beside the real ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.deltas import StoredDeltas
+from export.manifest import Manifest, file_digest, read_manifest
+from export.tensors import FLOATS, Shape, aligned, check_finite, check_names, check_shapes, listing, reading
+from ispa_deploy.errors import InputError, known_names
+from ispa_deploy.model import CausalWanDiT
+from ispa_deploy.options import StreamOptions, open_stream
+from ispa_deploy.specs import ModelSpec
+from ispa_deploy.stream import Decoder, Stream
+from quant.convert import empty_quantised_, prepare_
+from quant.schemes import SCHEMES
+
+DEMO = "demo"
+EMBEDS = "prompt_embeds"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: the model in eval mode, its kernels prepared, and what the manifest says of it."""
+
+    model: CausalWanDiT
+    manifest: Manifest
+    folder: Path
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Geometry and streaming rules."""
+        return self.manifest.spec
+
+    @property
+    def base_sha256(self) -> str:
+        """Identity of the weights; deltas and stream states are bound to it."""
+        return self.manifest.base_sha256
+
+    def text_rows(self, prompt: str, prompt_embeds: str | Path | None = None) -> Tensor:
+        """(1, L, text_dim) float32 rows for a prompt, zero after its end.
+
+        The demo reads the prompt itself. Random weights get random rows that depend on the prompt alone: good for
+        measuring speed, meaningless otherwise. Real checkpoints need `prompt_embeds`, a safetensors file with the text
+        encoder's output under `prompt_embeds`, (L, text_dim) or (1, L, text_dim).
+        """
+        if prompt_embeds is not None:
+            return read_prompt_embeds(Path(prompt_embeds), self.spec)
+        if self.spec.name == DEMO:
+            from ispa_deploy.demo.prompts import embed, parse_prompt
+
+            return embed(parse_prompt(prompt)[None])
+        if self.manifest.source.kind == "random":
+            return stand_in_rows(prompt, self.spec)
+        raise InputError(
+            f"model '{self.spec.name}' has no text encoder in its bundle: pass --prompt-embeds FILE.safetensors with "
+            f"'{EMBEDS}' of shape (L, {self.spec.text_dim})"
+        )
+
+    def decoder(self) -> Decoder | None:
+        """Latents to pixels: the demo's codec; None for models whose VAE is not in the bundle."""
+        if self.spec.name != DEMO:
+            return None
+        from ispa_deploy.demo.codec import BlockCodec
+
+        return BlockCodec().decode
+
+    def stream(
+        self,
+        prompt: str,
+        options: StreamOptions,
+        *,
+        prompt_embeds: str | Path | None = None,
+        switches: Sequence[tuple[int, str]] = (),
+        deltas: StoredDeltas | None = None,
+        initial: Tensor | None = None,
+        decode: bool = True,
+    ) -> Stream:
+        """A stream of this bundle. `switches`: (frame, prompt). `deltas` must have been fitted under these options."""
+        if deltas is not None:
+            options = deltas.options(options)
+        return open_stream(
+            self.model, self.text_rows(prompt, prompt_embeds).to(self.model.device), options,
+            decoder=self.decoder() if decode else None,
+            deltas=deltas.to(self.model.device) if deltas is not None else None,
+            switches=[(frame, self.text_rows(text).to(self.model.device)) for frame, text in switches],
+            initial=initial,
+        )  # fmt: skip
+
+
+def open_bundle(
+    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, verify: bool = True
+) -> Bundle:
+    """Read a bundle. `dtype` casts what stayed floating point; None keeps it as stored.
+
+    `verify` compares every file with its digest; names, sizes, shapes, dtypes and finite numbers are always checked.
+    Raises InputError naming the file, or the tensor, that cannot be used.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    _check_files(folder, manifest, verify)
+    _check_scheme(manifest, folder)
+    shards = [folder / name for name in sorted(manifest.files) if name.endswith(".safetensors")]
+    found = _contents(shards)
+    if manifest.spec.layers > len(found):
+        # Before the network is built: a hostile number of layers would take for ever.
+        raise InputError(f"bundle '{folder}' has {len(found)} tensors: too few for {manifest.spec.layers} layers")
+    model = _skeleton(manifest)
+    expected = model.state_dict()
+    where = f"bundle '{folder}'"
+    check_names(found, expected, where, manifest.spec.name)
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    check_shapes({name: shape for name, (_, shape) in found.items()}, shapes, where, manifest.spec.name)
+    casts = _casts(manifest, found, dtype, where)
+    state: dict[str, Tensor] = {}
+    for path in shards:
+        with reading(path, device) as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                state[name] = _tensor(file.get_tensor(name), name, casts[name], str(path))
+    model.load_state_dict(state, assign=True)
+    del state  # so that preparing a layer frees its plain codes
+    prepare_(model)
+    return Bundle(model.eval().requires_grad_(False), manifest, folder)
+
+
+def read_prompt_embeds(path: Path, spec: ModelSpec) -> Tensor:
+    """(1, text_len, text_dim) float32 from a safetensors file, padded with zeros; InputError naming what is wrong."""
+    with reading(path) as file:
+        found = listing(file)
+        if EMBEDS not in found:
+            raise InputError(f"'{path}' holds {sorted(found)[:3]}: expected a tensor named '{EMBEDS}'")
+        rows = check_finite(file.get_tensor(EMBEDS).float(), EMBEDS, f"'{path}'")
+    rows = rows[None] if rows.ndim == 2 else rows
+    if rows.ndim != 3 or len(rows) != 1 or rows.shape[1] > spec.text_len or rows.shape[2] != spec.text_dim:
+        raise InputError(
+            f"'{path}': '{EMBEDS}' of shape {tuple(rows.shape)}: expected (1, up to {spec.text_len}, {spec.text_dim})"
+        )
+    return torch.nn.functional.pad(rows, (0, 0, 0, spec.text_len - rows.shape[1]))
+
+
+def stand_in_rows(prompt: str, spec: ModelSpec) -> Tensor:
+    """(1, text_len, text_dim) random rows, the same for the same prompt on every machine."""
+    seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "little")
+    return torch.randn(1, spec.text_len, spec.text_dim, generator=torch.Generator().manual_seed(seed))
+
+
+def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
+    for name, digest in sorted(manifest.files.items()):
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"'{path}' is missing: the bundle lists it; copy it again")
+        size = path.stat().st_size
+        if size != digest.bytes:
+            raise InputError(f"'{path}' has {size} bytes: expected {digest.bytes}; copy it again")
+        if verify and (found := file_digest(path).sha256) != digest.sha256:
+            raise InputError(f"'{path}' has sha256 {found[:12]}: expected {digest.sha256[:12]}; copy it again")
+
+
+def _check_scheme(manifest: Manifest, folder: Path) -> None:
+    if manifest.scheme not in SCHEMES:
+        raise known_names("scheme", manifest.scheme, SCHEMES)
+    if SCHEMES[manifest.scheme].layer == "float" and manifest.quantised:
+        raise InputError(f"bundle '{folder}' lists quantised layers under scheme '{manifest.scheme}': write it again")
+
+
+def _contents(shards: Sequence[Path]) -> dict[str, tuple[str, Shape]]:
+    found: dict[str, tuple[str, Shape]] = {}
+    for path in shards:
+        with reading(path) as file:
+            part = listing(file)
+        twice = sorted(set(part) & set(found))
+        if twice:
+            raise InputError(f"'{path}' repeats tensor '{twice[0]}' of another shard: write the bundle again")
+        found.update(part)
+    return found
+
+
+def _skeleton(manifest: Manifest) -> CausalWanDiT:
+    """The network without storage, with empty quantised layers where the manifest says so."""
+    with torch.device("meta"):
+        model = CausalWanDiT(manifest.spec)
+    empty_quantised_(model, SCHEMES[manifest.scheme], manifest.quantised)
+    return model
+
+
+def _casts(
+    manifest: Manifest, found: Mapping[str, tuple[str, Shape]], dtype: torch.dtype | None, where: str
+) -> dict[str, torch.dtype | None]:
+    """What each tensor becomes; None: as stored. InputError where the stored dtype is not the layer's."""
+    casts: dict[str, torch.dtype | None] = dict.fromkeys(found, dtype)
+    codes: dict[str, tuple[str, ...]] = dict.fromkeys(found, FLOATS)
+    for name in manifest.quantised:
+        codes[f"{name}.weight"], codes[f"{name}.weight_scale"] = ("I8",), ("F32",)
+        # Scales belong to the codes, and the kernels add the bias in float32.
+        casts.update({f"{name}.weight": None, f"{name}.weight_scale": None, f"{name}.bias": torch.float32})
+    wrong = [f"{name} {found[name][0]}" for name in sorted(found) if found[name][0] not in codes[name]]
+    if wrong:
+        expected = " or ".join(codes[wrong[0].split(" ")[0]])
+        raise InputError(f"{where}: {wrong[0]}: expected {expected}; the manifest and the tensors do not fit together")
+    return casts
+
+
+def _tensor(tensor: Tensor, name: str, dtype: torch.dtype | None, where: str) -> Tensor:
+    if not tensor.is_floating_point():
+        return aligned(tensor)
+    check_finite(tensor, name, f"'{where}'")
+    if name.endswith(".weight_scale") and not bool((tensor > 0).all()):
+        raise InputError(f"'{where}': {name} holds a scale of 0 or less: expected positive scales; the file is damaged")
+    return aligned(tensor if dtype is None else check_finite(tensor.to(dtype), f"{name} in {dtype}", f"'{where}'"))

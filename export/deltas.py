@@ -1,0 +1,178 @@
+"""The deltas of one stream in one file, bound to the bundle they were fitted on.
+
+Deltas never mix with the base. A file holds `blocks.N.self_attn.o.delta_weight` (O, I) in the dtype that ran and
+`.delta_bias` (O,) float32, and in its header one JSON text: version, base, policy, the options that the fit depends on,
+and every layer's record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from export.manifest import checked, finite
+from export.tensors import FLOATS, Entry, Shape, check_finite, few, listing, reading, write_tensors
+from ispa_deploy.absorb.absorber import LayerRecord
+from ispa_deploy.absorb.solve import Ridge
+from ispa_deploy.delta import DELTA_MODES, Delta
+from ispa_deploy.errors import InputError, RunError
+from ispa_deploy.media.output import output_path, partial_path
+from ispa_deploy.options import StreamOptions
+from ispa_deploy.specs import ModelSpec
+
+FORMAT_VERSION = 1
+HEADER_KEY = "ispa_deltas"
+
+_FIELDS = {
+    "format_version": int, "base_sha256": str, "mode": str, "policy": str, "recent_frames": int, "ratio": (int, float),
+    "ranking": str, "ridge": dict, "layers": list, "records": list,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDeltas:
+    """Deltas by layer number, and what the header says of their fit."""
+
+    deltas: dict[int, Delta]
+    header: Mapping[str, Any]
+
+    def to(self, device: torch.device | str) -> dict[int, Delta]:
+        """The deltas on another device, same numbers."""
+        return {
+            layer: Delta(delta.weight.to(device), delta.bias.to(device) if delta.bias is not None else None)
+            for layer, delta in self.deltas.items()
+        }
+
+    def options(self, options: StreamOptions) -> StreamOptions:
+        """`options` with the mode of the stored stream for `auto`; InputError where the fit would not hold."""
+        for flag, given in (("policy", options.policy), ("recent_frames", options.recent_frames)):
+            if given != self.header[flag]:
+                name = flag.replace("_", "-")
+                raise InputError(
+                    f"deltas fitted with --{name} {self.header[flag]} on a stream with {given}: pass --{name} "
+                    f"{self.header[flag]}"
+                )
+        return replace(options, delta=self.header["mode"]) if options.delta == "auto" else options
+
+
+def save_deltas(
+    path: str | Path,
+    deltas: Mapping[int, Delta],
+    *,
+    base_sha256: str,
+    mode: str,
+    policy: str,
+    recent_frames: int,
+    ratio: float,
+    ranking: str,
+    ridge: Ridge,
+    records: Sequence[LayerRecord],
+) -> Path:
+    """Write the deltas of a stream (`absorber.deltas`, `absorber.records`) to a `.safetensors` file.
+
+    InputError: there is nothing to write, or nowhere to. RunError: the disk refused. Never leaves half a file.
+    """
+    target = output_path(path, ".safetensors", "deltas")
+    if not deltas:
+        raise InputError(f"deltas '{path}': the stream has none; let it run past its warm-up, with policy absorb")
+    entries: dict[str, Entry] = {}
+    for layer, delta in deltas.items():
+        entries[f"{_prefix(layer)}.delta_weight"] = Entry.of(delta.weight)
+        if delta.bias is not None:
+            entries[f"{_prefix(layer)}.delta_bias"] = Entry.of(delta.bias)
+    header = {
+        "format_version": FORMAT_VERSION, "base_sha256": base_sha256, "mode": mode, "policy": policy,
+        "recent_frames": recent_frames, "ratio": ratio, "ranking": ranking, "ridge": asdict(ridge),
+        "layers": sorted(deltas), "records": [_plain(record) for record in records],
+    }  # fmt: skip
+    text = json.dumps(header, sort_keys=True, allow_nan=False)
+    partial = partial_path(target)
+    try:
+        write_tensors(partial, entries, {"format": "pt", HEADER_KEY: text})
+        os.replace(partial, target)
+    except OSError as error:
+        raise RunError(f"could not write deltas '{path}': {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def load_deltas(path: str | Path, *, base_sha256: str, spec: ModelSpec) -> StoredDeltas:
+    """Read deltas for the bundle whose identity is `base_sha256`; InputError naming the file and what does not fit."""
+    path = Path(path)
+    where = f"'{path}'"
+    with reading(path) as file:
+        header = _header(file.metadata(), str(path))
+        if header["base_sha256"] != base_sha256:
+            raise InputError(
+                f"{where} was fitted on base {header['base_sha256'][:12]}, this bundle is {base_sha256[:12]}: deltas "
+                "hold for one base only; use that bundle or run a warm-up on this one"
+            )
+        _check_layers(header["layers"], spec, where)
+        found = listing(file)
+        _check_tensors(found, header["layers"], spec, where)
+        tensors = {name: check_finite(file.get_tensor(name), name, where) for name in found}
+    names = {layer: _prefix(layer) for layer in header["layers"]}
+    deltas = {
+        layer: Delta(tensors[f"{name}.delta_weight"], tensors.get(f"{name}.delta_bias"))
+        for layer, name in names.items()
+    }
+    return StoredDeltas(deltas, header)
+
+
+def _prefix(layer: int) -> str:
+    return f"blocks.{layer}.self_attn.o"
+
+
+def _plain(record: LayerRecord) -> dict[str, Any]:
+    """Singular statistics have an infinite condition, which JSON cannot say."""
+    return {key: finite(value) if isinstance(value, float) else value for key, value in record.to_dict().items()}
+
+
+def _header(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any]:
+    text = (metadata or {}).get(HEADER_KEY)
+    if text is None:
+        raise InputError(f"'{where}' holds no deltas: expected a file written by --save-deltas")
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError(f"'{where}' has a header that is not JSON: the file is damaged") from None
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if version not in (None, FORMAT_VERSION):
+        raise InputError(f"'{where}' has format_version {version!r}: this version reads {FORMAT_VERSION}; upgrade")
+    header = checked(fields, _FIELDS, where)
+    if header["mode"] not in DELTA_MODES:
+        raise InputError(f"'{where}' has delta mode {header['mode']!r:.40}: expected one of {', '.join(DELTA_MODES)}")
+    return header
+
+
+def _check_layers(layers: list[Any], spec: ModelSpec, where: str) -> None:
+    bad = [layer for layer in layers if type(layer) is not int or not 0 <= layer < spec.layers]
+    if bad or len(set(layers)) != len(layers):
+        raise InputError(
+            f"{where} lists layers {bad or layers}: expected distinct numbers from 0 to {spec.layers - 1} of model "
+            f"'{spec.name}'"
+        )
+
+
+def _check_tensors(found: Mapping[str, tuple[str, Shape]], layers: list[int], spec: ModelSpec, where: str) -> None:
+    weights = {f"{_prefix(layer)}.delta_weight": ((spec.dim, spec.dim), FLOATS) for layer in layers}
+    biases = {f"{_prefix(layer)}.delta_bias": ((spec.dim,), ("F32",)) for layer in layers}
+    missing, unexpected = sorted(set(weights) - set(found)), sorted(set(found) - set(weights) - set(biases))
+    if missing or unexpected:
+        raise InputError(
+            f"{where}: {len(missing)} tensors missing{few(missing)}, {len(unexpected)} unexpected{few(unexpected)}: "
+            "expected those of the layers in its header"
+        )
+    expected: dict[str, tuple[Shape, tuple[str, ...]]] = {**weights, **biases}
+    for name, (code, shape) in sorted(found.items()):
+        if shape != expected[name][0] or code not in expected[name][1]:
+            raise InputError(
+                f"{where}: {name} is {code} {shape}: expected {' or '.join(expected[name][1])} {expected[name][0]}"
+            )

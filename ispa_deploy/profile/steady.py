@@ -1,0 +1,114 @@
+"""A stream in its steady state, made at once: full windows of random keys and values, a transition with random deltas.
+
+Latency depends on shapes, not on values, so there is no need to generate a warm-up in order to time what follows it.
+Everything timed is the real thing: the stream's own loop, cache, sampler and clean pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from ispa_deploy.absorb.stats import Statistics
+from ispa_deploy.delta import Delta
+from ispa_deploy.model import CausalWanDiT
+from ispa_deploy.options import StreamOptions, open_stream
+from ispa_deploy.sampler import Sampler, Schedule
+from ispa_deploy.stream import Chunk, Stream
+
+_DELTA_SCALE = 1e-3  # of the order of real ones: quantising (W + dW) must not meet outliers
+
+
+@dataclass
+class SteadyStream:
+    """A stream past its transition. `turn()` lends the model its deltas, `step()` generates the next chunk."""
+
+    stream: Stream
+    _chunks: Iterator[Chunk]
+
+    @staticmethod
+    def open(model: CausalWanDiT, options: StreamOptions, chunks: int, *, seed: int = 0) -> SteadyStream:
+        """A stream that can still generate `chunks` chunks, the first of them short: it warms up what is done once.
+
+        No deltas are on the model until `turn`.
+        """
+        spec = model.spec
+        generator = torch.Generator(model.device).manual_seed(seed)
+        text = torch.randn(1, spec.text_len, spec.text_dim, generator=generator, device=model.device)
+        frames = spec.first_chunk_frames or spec.chunk_frames
+        stream = open_stream(model, text, replace(options, frames=frames))
+        start = _fill(stream, generator)
+        stream.absorber.adopt(_deltas(stream, generator) if stream.absorber.policy.localises else {})
+        _take_back(stream)
+        # Chunks as in mid-stream, all committed; but the first, which only warms up, takes one denoising pass.
+        stream.sampler = Sampler(stream.sampler.schedule, first=Schedule.few_step(spec.steps[:1], spec.shift))
+        stream.chunks = [(start + n * spec.chunk_frames, spec.chunk_frames) for n in range(chunks)]
+        stream.commit_last = True
+        return SteadyStream(stream, iter(stream))
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Let this stream run: configurations share models, and corrections belong to one stream each."""
+        absorber = self.stream.absorber
+        for layer, delta in absorber.deltas.items():
+            absorber.targets[layer].set_delta(delta, absorber.mode)
+        try:
+            yield
+        finally:
+            _take_back(self.stream)
+
+    def step(self) -> Chunk:
+        """The next chunk: denoising passes and the clean pass."""
+        return next(self._chunks)
+
+    def delta_mode(self) -> str | None:
+        """The mode that really runs, while it is this stream's turn."""
+        layers = self.stream.absorber.local_layers()
+        return self.stream.absorber.targets[layers[0]].delta_mode if layers else None
+
+    def statistics_bytes(self) -> int:
+        """Bytes that the warm-up's statistics hold until the transition frees them."""
+        absorber, spec = self.stream.absorber, self.stream.model.spec
+        if not absorber.policy.absorbs:
+            return 0
+        kind = torch.float64 if absorber.settings.double else torch.float32
+        one = Statistics(torch.empty(spec.dim, spec.dim, device="meta"), dtype=kind).nbytes()
+        return 2 * spec.layers * one  # early and late
+
+
+def _fill(stream: Stream, generator: torch.Generator) -> int:
+    """Fill every window with random keys and values; the first frame of the next chunk."""
+    cache, spec = stream.cache, stream.cache.spec
+    start, count = 0, spec.first_chunk_frames or spec.chunk_frames
+    while start < spec.window_frames:
+        cache.begin(start, count)
+        start, count = start + count, spec.chunk_frames
+    for layer in cache._layers:
+        layer.k.normal_(generator=generator)
+        layer.v.normal_(generator=generator)
+    return start
+
+
+def _deltas(stream: Stream, generator: torch.Generator) -> dict[int, Delta]:
+    """Random corrections for as many layers as the options ask for."""
+    absorber, spec = stream.absorber, stream.model.spec
+    layers = absorber.choice.layers or range(absorber.choice.count(spec.layers))
+    device = stream.model.device
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device).mul_(_DELTA_SCALE)
+
+    return {
+        layer: Delta(
+            random(spec.dim, spec.dim).to(absorber.dtype), random(spec.dim) if absorber.settings.intercept else None
+        )
+        for layer in layers
+    }
+
+
+def _take_back(stream: Stream) -> None:
+    for target in stream.absorber.targets:
+        target.set_delta(None)

@@ -1,0 +1,229 @@
+"""Run a stream to its end: write what it yields, report on it, and stop cleanly when asked to.
+
+The stream itself knows nothing of files, clocks or signals; all of that is here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ispa_deploy.errors import InputError
+from ispa_deploy.media.output import output_path, partial_path
+from ispa_deploy.media.sheet import contact_sheet
+from ispa_deploy.media.video import VideoWriter
+from ispa_deploy.stream import Chunk, Decoder, Stream
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Files to write; None: not wanted. `scale` enlarges tiny videos by whole pixels."""
+
+    video: Path | None = None
+    sheet: Path | None = None
+    latents: Path | None = None
+    scale: int = 1
+    label: str = ""
+
+    def check(self, decodes: bool) -> None:
+        """InputError for a file that could not be written, before any work is done."""
+        if not decodes and (self.video or self.sheet):
+            raise InputError("this bundle has no decoder to pixels: ask for --latents FILE.safetensors instead")
+        for path, suffix, what in (
+            (self.video, ".mp4", "video"),
+            (self.sheet, ".png", "contact sheet"),
+            (self.latents, ".safetensors", "latents"),
+        ):
+            if path is not None:
+                output_path(path, suffix, what)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One finished chunk, for a progress bar. `kv_bytes` are persistent; `state` is the absorber's, in words."""
+
+    chunk: int
+    chunks: int
+    seconds: float
+    fps: float
+    eta: float
+    kv_bytes: int
+    state: str
+
+
+class _Stopwatch:
+    """A decoder that counts its own time, so that the report can tell generation from decoding."""
+
+    def __init__(self, decoder: Decoder, device: torch.device):
+        self.decoder, self.device, self.seconds = decoder, device, 0.0
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        _settle(self.device)
+        started = time.perf_counter()
+        pixels = self.decoder(latents)
+        _settle(self.device)
+        self.seconds += time.perf_counter() - started
+        return pixels
+
+
+def _settle(device: torch.device) -> None:
+    """Device work is asynchronous: wait before reading a clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks to stop after the current chunk; a second one interrupts at once."""
+    asked = False
+
+    def handle(signum: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        previous = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not the main thread: signals are somebody else's business
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@dataclass
+class _Tally:
+    """What is measured while the stream runs."""
+
+    seconds: list[float] = field(default_factory=list)
+    kv_bytes: list[int] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
+    pixels: list[Tensor] = field(default_factory=list)
+    statistics_bytes: int = 0
+    frames: int = 0
+
+
+def run_stream(
+    stream: Stream,
+    outputs: Outputs | None = None,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Iterate the stream, write the outputs and return the run's report as plain JSON types."""
+    outputs = outputs or Outputs()
+    outputs.check(stream.decoder is not None)
+    spec, device, tally = stream.model.spec, stream.model.device, _Tally()
+    watch = _Stopwatch(stream.decoder, device) if stream.decoder else None
+    stream.decoder = watch
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        video = None
+        if outputs.video:
+            video = stack.enter_context(VideoWriter(outputs.video, fps=spec.fps, scale=outputs.scale))
+        chunks = stack.enter_context(_closing(iter(stream)))
+        clock = time.perf_counter()
+        for chunk in chunks:
+            _settle(device)
+            tally.seconds.append(time.perf_counter() - clock)
+            _keep(tally, chunk, stream, outputs)
+            if video and chunk.pixels is not None:
+                video.write(chunk.pixels[0])
+            if on_progress:
+                on_progress(_progress(stream, tally, time.perf_counter() - started))
+            if stop():
+                break
+            clock = time.perf_counter()
+    wall = time.perf_counter() - started
+    _write(outputs, tally)
+    return _report(stream, tally, wall, watch.seconds if watch else 0.0, outputs)
+
+
+@contextmanager
+def _closing(chunks: Iterator[Chunk]) -> Iterator[Iterator[Chunk]]:
+    """Leave the stream's session, which restores the weights, also when the loop ends early."""
+    try:
+        yield chunks
+    finally:
+        chunks.close()  # type: ignore[attr-defined]
+
+
+def _keep(tally: _Tally, chunk: Chunk, stream: Stream, outputs: Outputs) -> None:
+    tally.frames += chunk.frames
+    tally.kv_bytes.append(stream.cache.persistent_bytes())
+    tally.statistics_bytes = max(tally.statistics_bytes, stream.absorber.statistics_bytes())
+    if outputs.latents:
+        tally.latents.append(chunk.latents.cpu())
+    if outputs.sheet and chunk.pixels is not None:
+        tally.pixels.append(chunk.pixels[0].cpu())
+
+
+def _progress(stream: Stream, tally: _Tally, wall: float) -> Progress:
+    done, total = len(tally.seconds), len(stream.chunks)
+    return Progress(
+        chunk=done,
+        chunks=total,
+        seconds=wall,
+        fps=stream.model.spec.pixel_frames(tally.frames) / wall,
+        eta=(total - done) * statistics.median(tally.seconds),
+        kv_bytes=tally.kv_bytes[-1],
+        state=stream.absorber.describe(),
+    )
+
+
+def _write(outputs: Outputs, tally: _Tally) -> None:
+    if outputs.sheet and tally.pixels:
+        contact_sheet([(outputs.label, torch.cat(tally.pixels))], outputs.sheet, scale=outputs.scale)
+    if outputs.latents and tally.latents:
+        partial = partial_path(outputs.latents)
+        save_file({"latents": torch.cat(tally.latents, 1)}, partial)
+        os.replace(partial, outputs.latents)
+
+
+def _report(stream: Stream, tally: _Tally, wall: float, decoding: float, outputs: Outputs) -> dict[str, Any]:
+    spec, cache, absorber = stream.model.spec, stream.cache, stream.absorber
+    generating, pixel_frames = sum(tally.seconds) - decoding, spec.pixel_frames(tally.frames)
+    warm = len(tally.seconds) // 2  # the second half: past warm-up and transition in any stream worth timing
+    return {
+        "model": spec.name,
+        "frames": tally.frames,
+        "pixel_frames": pixel_frames,
+        "chunks": len(tally.seconds),
+        "complete": len(tally.seconds) == len(stream.chunks),
+        "wall_s": wall,
+        "chunk_ms": [1e3 * seconds for seconds in tally.seconds],
+        "steady_chunk_ms": 1e3 * statistics.median(tally.seconds[warm:]) if tally.seconds else math.nan,
+        "fps": {
+            "dit": pixel_frames / generating,
+            "with_vae": pixel_frames / (generating + decoding),
+            "wall": pixel_frames / wall,
+        },
+        "kv": {
+            "persistent_bytes": cache.persistent_bytes(),
+            "full_bytes": cache.full_bytes(),
+            "percent": 100 * cache.persistent_bytes() / cache.full_bytes(),
+            "scratch_bytes": cache.scratch_bytes(),
+            "per_chunk_bytes": tally.kv_bytes,
+        },
+        "delta_bytes": sum(delta.nbytes for delta in absorber.deltas.values()),
+        "statistics_bytes": tally.statistics_bytes,
+        "absorption": absorber.report(),
+        "outputs": {
+            name: str(path) for name in ("video", "sheet", "latents") if (path := getattr(outputs, name)) is not None
+        },
+    }

@@ -1,0 +1,62 @@
+"""`python -m tests.bench [--suite cpu|gpu] [-o docs/results]`: every measurement, into `<output>/<device>/*.json`.
+
+The CPU suite takes under 10 minutes on 2 cores. Each part runs in a process of its own, so that none inherits another's
+memory, and writes its file as soon as it is done. `--only` picks parts; `--rounds` trades time for spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ispa_deploy.profile.environment import environment, slug
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "cpu": ("demo", "mid", "int8_linear", "merge", "memory"),
+    "gpu": ("longlive-1.3b", "krea-14b", "attention"),
+}
+_ALONE = ("int8_linear", "merge", "memory", "attention")
+"""Parts with a module of their own; the others are geometries for `tests.bench.chunk`."""
+
+
+def command(part: str, output: Path, arguments: argparse.Namespace) -> list[str]:
+    """The command line of one part."""
+    python = [sys.executable, "-m"]
+    if part in _ALONE:
+        return [*python, f"tests.bench.{part}", "--json", str(output)]
+    rounds = ["--rounds", str(arguments.rounds)] if arguments.rounds else []
+    device = ["--device", "cuda" if arguments.suite == "gpu" else "cpu"]
+    return [*python, "tests.bench.chunk", part, "--json", str(output), *device, *rounds]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=sorted(SUITES), default="cpu")
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=[part for suite in SUITES.values() for part in suite])
+    parser.add_argument("--rounds", type=int, help="rounds of the side-by-side comparisons")
+    arguments = parser.parse_args(argv)
+    if arguments.suite == "gpu" and not torch.cuda.is_available():
+        parser.error("the GPU suite needs a CUDA device: none is visible to torch; use --suite cpu")
+    device = torch.device("cuda" if arguments.suite == "gpu" else "cpu")
+    folder = arguments.output / slug(environment(device))
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for part in arguments.only or SUITES[arguments.suite]:
+        start = time.monotonic()
+        print(f"== {part}", flush=True)
+        done = subprocess.run(command(part, folder / f"{part}.json", arguments), check=False)
+        print(f"== {part}: exit {done.returncode}, {time.monotonic() - start:.0f} s", flush=True)
+        failed += [part] if done.returncode else []
+    if failed:
+        print(f"beyond a limit or failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

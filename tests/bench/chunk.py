@@ -1,0 +1,108 @@
+"""`python -m tests.bench.chunk GEOMETRY --json FILE`: full | full+w8a8 | ispa | ispa+w8a8 on random weights.
+
+The GEOMETRY `demo` has a trained checkpoint, which is not used here: latency does not depend on the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import quant
+from ispa_deploy.model import CausalWanDiT
+from ispa_deploy.options import StreamOptions
+from ispa_deploy.profile.compare import Configuration, compare
+from ispa_deploy.profile.files import write_json, write_text
+from ispa_deploy.profile.geometries import GEOMETRIES, random_model
+from ispa_deploy.profile.table import markdown, terminal
+from quant.audit import audit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a geometry is measured: rounds of `chunks` plain and `chunks` recorded chunks per configuration."""
+
+    dtype: torch.dtype
+    rounds: int
+    chunks: int
+    pixel_frames: int = 4
+
+
+PLANS = {
+    "demo": Plan(torch.float32, rounds=10, chunks=2, pixel_frames=1),
+    "mid": Plan(torch.bfloat16, rounds=2, chunks=1),
+    "longlive-1.3b": Plan(torch.bfloat16, rounds=6, chunks=3),
+    "krea-14b": Plan(torch.bfloat16, rounds=3, chunks=1),
+}
+
+
+def configurations(model: CausalWanDiT, scheme: quant.Scheme) -> list[Configuration]:
+    """The paper's side by side, and 8 bits without ISPA. Of each kind of linear there is one model."""
+    eight = copy.deepcopy(model)
+    print(quant.quantise_(eight, scheme).summary())
+    options = {"full": StreamOptions(policy="full"), "ispa": StreamOptions(policy="absorb")}
+    return [
+        Configuration(name=name + tail, model=which, options=value, scheme=label, audit=audit)
+        for tail, which, label in (("", model, "none"), ("+w8a8", eight, scheme.name))
+        for name, value in options.items()
+    ]
+
+
+def measure(geometry: str, plan: Plan, device: str, rounds: int | None) -> dict[str, Any]:
+    """The report of one geometry."""
+    scheme, line = quant.resolve("w8a8", device)
+    print(line)
+    model = random_model(GEOMETRIES[geometry], plan.dtype, device)
+    start = time.monotonic()
+    report = compare(
+        configurations(model, scheme),
+        chunks=plan.chunks,
+        rounds=rounds or plan.rounds,
+        pixel_frames=plan.pixel_frames,
+        command=f"python -m tests.bench.chunk {geometry} --device {device}",
+        progress=lambda step: print(f"{time.monotonic() - start:6.0f} s  {step}", flush=True),
+    )
+    for row in report["runs"]:
+        row["audit"] = _counted(row["audit"])
+    return report
+
+
+def _counted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per kernel, with the number of layers and calls: a committed file need not list 400 layers."""
+    counts: dict[tuple[str, str | None], dict[str, Any]] = {}
+    for row in rows:
+        key = row["kernel"], row["delta_mode"]
+        kept = counts.setdefault(key, {"kernel": key[0], "delta_mode": key[1], "layers": 0, "calls": 0})
+        kept["layers"] += 1
+        kept["calls"] += row["calls"] or 0
+    return list(counts.values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("geometry", choices=sorted(GEOMETRIES))
+    parser.add_argument("--json", type=Path, metavar="FILE", required=True, help="the report; Markdown lies beside it")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.device == "cpu":
+        quant.tune_allocator()
+    report = measure(arguments.geometry, PLANS[arguments.geometry], arguments.device, arguments.rounds)
+    write_json(arguments.json, report)
+    write_text(arguments.json.with_suffix(".md"), markdown(report))
+    Console().print(terminal(report))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,64 @@
+"""Trim recorded upstream runs to what `tests/data` ships: `ISPA_PARITY_DIR=DIR python -m tests.make_fixtures`.
+
+A stream is causal, so its first chunks are a recording of their own. Kept: weights, prompt, noise, every renoise draw,
+the output, three velocities, the sampler's table, the last chunk's caches where the run was not cut short. Dropped: activations, inputs of
+single calls (the free-running replay makes them), snapshots. fp32, nothing is recomputed: the same input gives the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+DATA = Path(__file__).parent / "data"
+# One run of each kind of memory, cut after the chunk behind the first that rolls the window.
+CHUNKS = {
+    "longlive_tiny": 5,
+    "longlive_infinity_tiny": 5,
+    "reward_forcing_alpha_tiny": 5,
+    "self_forcing_i2v_tiny": 4,
+}
+
+
+def trim(fields: dict[str, Any], tensors: dict[str, Tensor], chunks: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and tensors of the first `chunks` chunks."""
+    calls = [call for call in fields["calls"] if call["block"] < chunks]
+    whole = len(calls) == len(fields["calls"])
+    end = calls[-1]["start_frame"] + calls[-1]["num_frames"]
+    given = tensors["input/initial_latent"].shape[1] if "input/initial_latent" in tensors else 0
+    kept = {name: t for name, t in tensors.items() if name.startswith(("weights/", "input/", "scheduler/"))}
+    kept["input/noise"] = tensors["input/noise"][:, : end - given]
+    kept["output/latents"] = tensors["output/latents"][:, :end]
+    for call in calls:
+        name = f"call{call['index']:03d}/eps"
+        if name in tensors:
+            kept[name] = tensors[name]
+    for call in (calls[0], calls[-5], calls[-1]):
+        name = f"call{call['index']:03d}/flow_pred"
+        kept[name] = tensors[name]
+    if whole:
+        filled = calls[-1]["local_end_tokens"]
+        kept |= {name: t[:, :filled] for name, t in tensors.items() if name.startswith("final_kv/")}
+    about = {key: fields[key] for key in ("config", "upstream_commit", "derived", "torch")}
+    return {**about, "calls": calls}, {name: t.contiguous() for name, t in sorted(kept.items())}
+
+
+def main() -> None:
+    source = Path(os.environ["ISPA_PARITY_DIR"])
+    DATA.mkdir(exist_ok=True)
+    for name, chunks in CHUNKS.items():
+        fields, tensors = trim(
+            json.loads((source / f"{name}.json").read_text()), load_file(source / f"{name}.safetensors"), chunks
+        )
+        (DATA / f"{name}.safetensors").write_bytes(save(tensors))
+        (DATA / f"{name}.json").write_text(json.dumps(fields, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

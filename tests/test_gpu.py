@@ -1,0 +1,104 @@
+"""On a CUDA device: kernels against the float64 reference, and the GPU's stream against the CPU's."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ispa_deploy.attention import attend, backends, merge, works
+from ispa_deploy.cache import KVCache
+from ispa_deploy.options import StreamOptions, open_stream
+from ispa_deploy.profile.compare import Configuration, compare
+from ispa_deploy.profile.geometries import GEOMETRIES, random_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("name", [name for name in backends() if name not in ("reference", "cpu-flash")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_backends_agree_with_the_reference(name: str, dtype: torch.dtype, rng: torch.Generator) -> None:
+    """Whole and split keys; sizes that are no multiple of a tile, and a strided view as the cache hands out."""
+    if not works(name, CUDA, dtype, 128):
+        pytest.skip(f"{name} does not run here with {dtype}")
+    q = torch.randn(1, 333, 12, 128, generator=rng).to(CUDA, dtype)
+    buffer = torch.randn(2, 1, 900, 12, 128, generator=rng).to(CUDA, dtype)
+    k, v = buffer[:, :, 17:800]
+    want = attend(q, k, v, backend="reference")
+    whole = attend(q, k, v, backend=name)
+    split = merge(attend(q, k[:, :100], v[:, :100], backend=name), attend(q, k[:, 100:], v[:, 100:], backend=name))
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for got in (whole, split):
+        assert torch.allclose(got.out.float(), want.out.float(), atol=tolerance)
+        assert torch.allclose(got.lse, want.lse, atol=tolerance)
+
+
+@pytest.mark.parametrize("policy", ["full", "absorb"])
+def test_the_demo_geometry_streams_as_on_the_cpu(policy: str) -> None:
+    """Same noise on both; the transition's ridge solve amplifies rounding, hence no tighter bound."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = random_model(GEOMETRIES["demo"])
+    text = torch.randn(1, model.spec.text_len, model.spec.text_dim)
+
+    def latents(device: str) -> torch.Tensor:
+        stream = open_stream(copy.deepcopy(model).to(device), text, StreamOptions(frames=15, policy=policy))
+        stream.sampler = replace(stream.sampler, first=None)
+        return torch.cat([chunk.latents.cpu() for chunk in stream], 1)
+
+    here, there = latents("cpu"), latents("cuda")
+    assert (here - there).norm() <= 1e-3 * here.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int8_linear_agrees_with_integer_arithmetic(dtype: torch.dtype, rng: torch.Generator) -> None:
+    from ispa_deploy.linear import Linear
+    from quant.linear import Int8Linear
+
+    linear = Linear(1536, 8960)
+    layer = Int8Linear.from_float(linear)
+    x = torch.randn(1560, 1536, generator=rng).to(dtype)
+    scale = x.double().abs().amax(1, keepdim=True) / 127
+    codes = (x.double() / scale).round()
+    weight = layer.reference_weight().double()
+    want = codes * scale @ weight.t() + linear.bias.detach().double()
+    layer.to(CUDA)
+    got = layer(x.to(CUDA)).double().cpu()
+    assert layer.exact
+    assert (got - want).norm() <= 5e-3 * want.norm()
+
+
+def test_a_layer_of_the_1_3b_geometry(rng: torch.Generator) -> None:
+    """One layer, one pass at 480x832 in bfloat16 against float32."""
+    spec = replace(GEOMETRIES["longlive-1.3b"], layers=1)
+    model = random_model(spec, torch.bfloat16, "cuda")
+    wide = copy.deepcopy(model).float()
+    x = torch.randn(1, 3, *spec.latent_shape, generator=rng).to(CUDA)
+    rows = torch.randn(1, spec.text_len, spec.text_dim, generator=rng).to(CUDA)
+
+    def velocity(which: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+        cache = KVCache(spec, dtype=dtype, device="cuda")
+        cache.begin(0, 3)
+        condition = which.condition(torch.full((1, 1), 750.0, device=CUDA))
+        return which(x, condition, which.encode_text(rows), cache).float()
+
+    with torch.inference_mode():
+        got, want = velocity(model, torch.bfloat16), velocity(wide, torch.float32)
+    assert (got - want).norm() <= 3e-2 * want.norm()
+
+
+def test_the_account_closes_on_the_gpu() -> None:
+    """Two layers of the 1.3B geometry, timed by events: rows and wall time come from different clocks."""
+    model = random_model(replace(GEOMETRIES["longlive-1.3b"], layers=2), torch.bfloat16, "cuda")
+    runs = [
+        Configuration(name="full", model=model, options=StreamOptions(policy="full")),
+        Configuration(name="ispa", model=model, options=StreamOptions()),
+    ]
+    report = compare(runs, rounds=5)
+    for run in report["runs"]:
+        assert run["closing"]["sum_error"] <= 0.01
+        assert run["closing"]["unattributed_share"] <= 0.03
+    assert report["runs"][1]["memory"]["peak"] > report["runs"][1]["memory"]["weights"]

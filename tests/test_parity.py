@@ -1,0 +1,129 @@
+"""Recorded upstream runs, replayed: the shipped ones always, the full set where `ISPA_PARITY_DIR` points to it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ispa_deploy.cache import KVCache
+from ispa_deploy.model import CausalWanDiT
+from ispa_deploy.specs import ModelSpec
+from tests.parity import TOLERANCE, Fixture, main, replay
+from tests.tiny import SPEC, text_rows, tiny_model
+
+DATA = Path(__file__).parent / "data"
+SHIPPED = sorted(path.stem for path in DATA.glob("*.safetensors"))
+FULL = (
+    "longlive_tiny",
+    "longlive_infinity_tiny",
+    "self_forcing_tiny",
+    "self_forcing_global_tiny",
+    "self_forcing_extend_tiny",
+    "self_forcing_i2v_tiny",
+    "reward_forcing_tiny",
+    "reward_forcing_alpha_tiny",
+)
+SOURCE = os.environ.get("ISPA_PARITY_DIR")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_run_is_reproduced(name: str) -> None:
+    worst = replay(Fixture.load(DATA / f"{name}.safetensors"))
+    assert {"free-running output", "free-running flow", "cache norm"} <= set(worst.by_kind)
+    assert worst.ok, worst.by_kind
+
+
+@pytest.mark.skipif(SOURCE is None, reason="ISPA_PARITY_DIR does not name a folder of recorded runs")
+@pytest.mark.parametrize("name", FULL)
+def test_full_run_is_reproduced(name: str) -> None:
+    assert SOURCE is not None
+    worst = replay(Fixture.load(Path(SOURCE) / f"{name}.safetensors"))
+    assert {"flow", "x0", "scheduler", "free-running output"} <= set(worst.by_kind)
+    assert worst.ok, worst.by_kind
+
+
+def _damaged(tmp_path: Path, **changes: object) -> Path:
+    fixture = DATA / "longlive_tiny.json"
+    fields = json.loads(fixture.read_text())
+    fields["config"] |= changes
+    (tmp_path / "run.json").write_text(json.dumps(fields))
+    (tmp_path / "run.safetensors").write_bytes(fixture.with_suffix(".safetensors").read_bytes())
+    return tmp_path / "run.safetensors"
+
+
+def test_wrong_window_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = json.loads((DATA / "longlive_tiny.json").read_text())["config"]["model"]
+    assert main([str(_damaged(tmp_path, model=model | {"sink_size": 1}))]) == 1
+    assert "ABOVE" in capsys.readouterr().out
+
+
+def test_json_names_every_fixture(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(DATA / "longlive_tiny.safetensors"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["tolerance"] == TOLERANCE
+    assert [(entry["fixture"], entry["ok"]) for entry in document["fixtures"]] == [("longlive_tiny", True)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"upstream": "krea"}, "krea"), ({"lora": {"rank": 8}}, "LoRA"), (None, "no such file")]
+)
+def test_a_run_of_another_kind_is_refused_in_one_line(
+    changes: dict[str, object] | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "missing.safetensors" if changes is None else _damaged(tmp_path, **changes)
+    assert main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def _two_prompts(spec: ModelSpec, model: CausalWanDiT) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    noise = torch.randn(2, 15, *spec.latent_shape)
+    rows = text_rows(spec, batch=2)
+    runs = []
+    for samples in (slice(0, 2), slice(0, 1), slice(1, 2)):
+        cache, chunks = KVCache(spec, batch=len(noise[samples])), []
+        text = model.encode_text(rows[samples])
+        for start in range(0, 15, 3):
+            cache.begin(start, 3)
+            for t in (900.0, 0.0):
+                chunks.append(model(noise[samples, start : start + 3], model.condition(torch.tensor([[t]])), text, cache))
+        runs.append(torch.cat(chunks, 1))
+    return runs[0], runs[1:]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope": "absolute"},
+        {"rope": "absolute", "sink_frames": 3, "window_frames": 9},
+        {"rope": "window"},
+        {"rope": "window", "sink_frames": 3, "window_frames": 9, "ema_sink": 0.75},
+        {"rope": "absolute", "sink_frames": 0, "window_frames": 6},
+    ],
+    ids=["absolute", "absolute-sink3", "window", "ema", "no-sink"],
+)
+@torch.inference_mode()
+def test_a_batch_of_two_is_two_batches_of_one(changes: dict[str, object]) -> None:
+    spec = replace(SPEC, **changes)
+    together, apart = _two_prompts(spec, tiny_model(spec))
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+def test_a_prompt_for_each_sample_is_taken_in_order(tmp_path: Path) -> None:
+    path = _damaged(tmp_path)
+    fixture = Fixture.load(path)
+    tensors = dict(fixture.tensors)
+    tensors["input/noise"] = tensors["input/noise"].repeat(2, 1, 1, 1, 1)
+    tensors["input/prompt1"] = tensors["input/prompt0"] + 1
+    save_file(tensors, path)
+    rows = Fixture.load(path).text_rows()
+    assert torch.equal(rows[0], tensors["input/prompt0"])
+    assert torch.equal(rows[1], tensors["input/prompt1"])
