@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from export.bundle import Bundle, open_bundle
-    from export.deltas import StoredDeltas, load_deltas, save_deltas
+    from export.deltas import StoredDeltas, load_deltas, save_deltas, save_deltas_of
     from export.manifest import Manifest, Source, read_manifest
     from export.sources import load_source
     from export.write import write_bundle
@@ -30,12 +30,13 @@ __all__ = [
     "open_bundle",
     "read_manifest",
     "save_deltas",
+    "save_deltas_of",
     "write_bundle",
 ]
 
 _HOME = {
     **dict.fromkeys(("Bundle", "open_bundle"), "bundle"),
-    **dict.fromkeys(("StoredDeltas", "load_deltas", "save_deltas"), "deltas"),
+    **dict.fromkeys(("StoredDeltas", "load_deltas", "save_deltas", "save_deltas_of"), "deltas"),
     **dict.fromkeys(("Manifest", "Source", "read_manifest"), "manifest"),
     "load_source": "sources",
     "write_bundle": "write",

@@ -16,6 +16,7 @@ from torch import Tensor
 from export.deltas import StoredDeltas
 from export.manifest import Manifest, file_digest, read_manifest
 from export.tensors import FLOATS, Shape, aligned, check_finite, check_names, check_shapes, listing, reading
+from export.write import write_bundle
 from ispa_deploy.errors import InputError, known_names
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions, open_stream
@@ -24,22 +25,33 @@ from ispa_deploy.stream import Decoder, Stream
 from quant.convert import empty_quantised_, prepare_
 from quant.schemes import SCHEMES
 
+__all__ = ["Bundle", "open_bundle", "read_prompt_embeds", "stand_in_rows", "write_bundle"]
+
 DEMO = "demo"
 EMBEDS = "prompt_embeds"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: the model in eval mode, its kernels prepared, and what the manifest says of it."""
+    """An opened bundle: the model in eval mode, its kernels prepared, and what the manifest says of it.
+
+    `prompt_embeds`: the text encoder's output for the first prompt, where the model cannot read prompts.
+    """
 
     model: CausalWanDiT
     manifest: Manifest
     folder: Path
+    prompt_embeds: Path | None = None
 
     @property
     def spec(self) -> ModelSpec:
         """Geometry and streaming rules."""
         return self.manifest.spec
+
+    @property
+    def pixel_scale(self) -> int:
+        """How many times a pixel is repeated for the eye: the demo's frames are 40 x 40."""
+        return 8 if self.spec.name == DEMO else 1
 
     @property
     def base_sha256(self) -> str:
@@ -79,7 +91,6 @@ class Bundle:
         prompt: str,
         options: StreamOptions,
         *,
-        prompt_embeds: str | Path | None = None,
         switches: Sequence[tuple[int, str]] = (),
         deltas: StoredDeltas | None = None,
         initial: Tensor | None = None,
@@ -89,7 +100,7 @@ class Bundle:
         if deltas is not None:
             options = deltas.options(options)
         return open_stream(
-            self.model, self.text_rows(prompt, prompt_embeds).to(self.model.device), options,
+            self.model, self.text_rows(prompt, self.prompt_embeds).to(self.model.device), options,
             decoder=self.decoder() if decode else None,
             deltas=deltas.to(self.model.device) if deltas is not None else None,
             switches=[(frame, self.text_rows(text).to(self.model.device)) for frame, text in switches],
@@ -98,15 +109,24 @@ class Bundle:
 
 
 def open_bundle(
-    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, verify: bool = True
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    prompt_embeds: Path | None = None,
 ) -> Bundle:
-    """Read a bundle. `dtype` casts what stayed floating point; None keeps it as stored.
+    """Read a bundle. `dtype` casts what stayed floating point; None keeps it, but for float16 on a CPU.
+
+    CPUs are slow in float16, and float32 holds the same numbers.
 
     `verify` compares every file with its digest; names, sizes, shapes, dtypes and finite numbers are always checked.
     Raises InputError naming the file, or the tensor, that cannot be used.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    if dtype is None and manifest.dtype == "float16" and torch.device(device).type == "cpu":
+        dtype = torch.float32
     _check_files(folder, manifest, verify)
     _check_scheme(manifest, folder)
     shards = [folder / name for name in sorted(manifest.files) if name.endswith(".safetensors")]
@@ -129,7 +149,7 @@ def open_bundle(
     model.load_state_dict(state, assign=True)
     del state  # so that preparing a layer frees its plain codes
     prepare_(model)
-    return Bundle(model.eval().requires_grad_(False), manifest, folder)
+    return Bundle(model.eval().requires_grad_(False), manifest, folder, prompt_embeds)
 
 
 def read_prompt_embeds(path: Path, spec: ModelSpec) -> Tensor:

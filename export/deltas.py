@@ -18,7 +18,7 @@ import torch
 
 from export.manifest import checked, finite
 from export.tensors import FLOATS, Entry, Shape, check_finite, few, listing, reading, write_tensors
-from ispa_deploy.absorb.absorber import LayerRecord
+from ispa_deploy.absorb.absorber import Absorber, LayerRecord
 from ispa_deploy.absorb.solve import Ridge
 from ispa_deploy.delta import DELTA_MODES, Delta
 from ispa_deploy.errors import InputError, RunError
@@ -101,6 +101,16 @@ def save_deltas(
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def save_deltas_of(path: str | Path, absorber: Absorber, *, base_sha256: str) -> Path:
+    """Write the deltas of a stream that has passed its transition; see `save_deltas`."""
+    settings = absorber.settings
+    return save_deltas(
+        path, absorber.deltas, base_sha256=base_sha256, mode=absorber.mode, policy=absorber.policy.name,
+        recent_frames=absorber.cache.recent, ratio=absorber.choice.ratio, ranking=settings.ranking,
+        ridge=settings.ridge, records=absorber.records,
+    )  # fmt: skip
 
 
 def load_deltas(path: str | Path, *, base_sha256: str, spec: ModelSpec) -> StoredDeltas:

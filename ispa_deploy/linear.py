@@ -54,8 +54,9 @@ class Linear(nn.Linear):
         self.delta, self.delta_mode = delta, mode
 
     def delta_nbytes(self) -> int:
-        """Bytes of the delta (`side`) or of the folded weight (`fold`), and of the folded bias."""
+        """Bytes of the delta, of the folded weight in mode `fold`, and of the bias that replaces the layer's own."""
         if self.delta is None or self._folded_weight is None:
             return 0
-        held = self.delta.weight.nbytes if self.delta_mode == "side" else self._folded_weight.nbytes
-        return held + (self._folded_bias.nbytes if self.delta.bias is not None and self._folded_bias is not None else 0)
+        held = self.delta.nbytes + (self._folded_weight.nbytes if self.delta_mode == "fold" else 0)
+        replaced = self._folded_bias if self.delta.bias is not None else None
+        return held + (replaced.nbytes if replaced is not None else 0)

@@ -1,7 +1,6 @@
 """Marks in the code that say whose time this is; free when nobody is measuring.
 
-`with region("attention.kernel"):` costs one global read and a shared no-op context manager while no recorder is
-installed. With one installed, marks nest and the innermost owns the time. A mark never touches a tensor, so latents are
+`with region("attention.kernel"):` costs one global read and an empty context manager while no recorder is installed. With one installed, marks nest and the innermost owns the time. A mark never touches a tensor, so latents are
 bit-equal with and without a recorder.
 
 The names below are the rows of the latency breakdown; the part before the dot is the row's family.
@@ -41,7 +40,7 @@ class Recorder(Protocol):
 
 
 class _Off:
-    """The context manager of every mark while no recorder is installed."""
+    """A mark while no recorder is installed. A new one each time: a shared one would break a traced graph."""
 
     __slots__ = ()
 
@@ -52,13 +51,12 @@ class _Off:
         return None
 
 
-_OFF = _Off()
 _recorder: Recorder | None = None
 
 
 def region(name: str) -> AbstractContextManager[None]:
     """Mark a stretch of code as one row of `ROWS`. The innermost mark owns the time."""
-    return _OFF if _recorder is None else _recorder.region(name)
+    return _Off() if _recorder is None else _recorder.region(name)
 
 
 @contextmanager

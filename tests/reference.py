@@ -39,21 +39,19 @@ def ridge(rows: Tensor, targets: Tensor, strength: float, *, intercept: bool = F
 
 
 def rotate(x: Tensor, position: int, grid: tuple[int, int], theta: float) -> Tensor:
-    """Rotary embedding of one frame x (B, T, H, D), token by token, pair by pair."""
+    """Rotary embedding of one frame x (B, T, H, D): channel pairs turn by time, then row, then column."""
     head = x.shape[-1]
     spatial = 2 * (head // 6)
-    out = torch.empty_like(x, dtype=torch.float64)
-    for token in range(x.shape[1]):
-        places = [position, token // grid[1], token % grid[1]]
-        channel = 0
-        for place, width in zip(places, [head - 2 * spatial, spatial, spatial], strict=True):
-            for pair in range(width // 2):
-                angle = place * theta ** (-2 * pair / width)
-                a, b = x[:, token, :, channel].double(), x[:, token, :, channel + 1].double()
-                out[:, token, :, channel] = a * math.cos(angle) - b * math.sin(angle)
-                out[:, token, :, channel + 1] = a * math.sin(angle) + b * math.cos(angle)
-                channel += 2
-    return out
+    token = torch.arange(x.shape[1], dtype=torch.float64)
+    places = (torch.full_like(token, position), token // grid[1], token % grid[1])
+    angles = []
+    for place, width in zip(places, (head - 2 * spatial, spatial, spatial), strict=True):
+        for pair in range(width // 2):
+            angles.append(place * theta ** (-2 * pair / width))
+    angle = torch.stack(angles, 1)[:, None]  # (T, 1, D / 2)
+    even, odd = x[..., 0::2].double(), x[..., 1::2].double()
+    turned = even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()
+    return torch.stack(turned, -1).flatten(-2)
 
 
 def kept_frames(capacity: int, sink: int, chunks: Sequence[tuple[int, int]]) -> list[int]:

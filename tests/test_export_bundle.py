@@ -390,6 +390,8 @@ def test_checkpoints_need_prompt_embeds(tmp_path: Path) -> None:
     path, rows = tmp_path / "e.safetensors", torch.randn(4, 24)
     save_file({"prompt_embeds": rows}, path)
     read = bundle.text_rows("a cat", path)
+    stream = open_bundle(bundle.folder, prompt_embeds=path).stream("a cat", StreamOptions(frames=3))
+    assert torch.equal(stream.text.layers[0][0], bundle.model.encode_text(read).layers[0][0])
     assert torch.equal(read[0, :4], rows)
     assert read.shape == (1, 6, 24)
     assert not read[0, 4:].any()
@@ -401,6 +403,15 @@ def test_checkpoints_need_prompt_embeds(tmp_path: Path) -> None:
         save_file(bad, path)
         with pytest.raises(InputError, match=message):
             bundle.text_rows("a cat", path)
+
+
+def test_float16_runs_in_float32_on_a_cpu(tmp_path: Path) -> None:
+    model, report = tiny("w8a8-int8", torch.float16)
+    folder = write(tmp_path / "b", model, report)
+    assert read_manifest(folder).dtype == "float16"
+    bundle = open_bundle(folder)
+    assert bundle.model.dtype == torch.float32
+    assert torch.equal(latents(bundle.model), latents(model.float()))
 
 
 def test_the_demo_reads_prompts_and_decodes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import export.deltas
-from export import StoredDeltas, load_deltas, save_deltas
+from export import StoredDeltas, load_deltas, save_deltas, save_deltas_of
 from export.bundle import stand_in_rows
 from export.sources import initialise_
 from ispa_deploy.absorb.absorber import LayerRecord
@@ -102,10 +102,11 @@ def test_a_stream_with_stored_deltas_is_the_stream_with_those_in_memory(tmp_path
 
 def test_the_header_tells_how_they_came_about(tmp_path: Path) -> None:
     absorber = absorbed(tiny("none")).absorber
-    path = save(tmp_path / "d.safetensors", absorber.deltas, records=absorber.records)
+    path = save_deltas_of(tmp_path / "d.safetensors", absorber, base_sha256=BASE)
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["ispa_deltas"])
     assert header == load(path).header
+    assert (header["mode"], header["policy"], header["recent_frames"], header["ratio"]) == ("auto", "absorb", 0, 0.5)
     assert header["layers"] == absorber.local_layers()
     assert header["ridge"] == {"absolute": 0.0, "relative": 1e-2}
     assert (header["format_version"], header["base_sha256"]) == (1, BASE)

@@ -258,7 +258,7 @@ def test_a_baseline_that_is_not_there_is_refused(demo: Any) -> None:
 def test_the_steady_stream_is_where_a_real_one_would_be(demo: Any) -> None:
     """Same layers local, same bytes, same frames held as a stream that went through its warm-up."""
     text = torch.randn(1, demo.spec.text_len, demo.spec.text_dim)
-    options = StreamOptions(frames=15, recent_frames=3, preset="paper")
+    options = StreamOptions(frames=15, recent_frames=3)
     real = open_stream(demo, text, options)
     real.sampler = replace(real.sampler, first=None)
     for _ in real:

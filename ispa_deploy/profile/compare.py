@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ispa_deploy.errors import InputError
+from ispa_deploy.errors import InputError, known_names
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions
 from ispa_deploy.profile.breakdown import Breakdown, closing, typical
 from ispa_deploy.profile.environment import environment, peak_rss
 from ispa_deploy.profile.paper import Parts, amdahl, attention_shortfall, keys_ratio, shortfall, verdict
-from ispa_deploy.profile.recorder import measure, stopwatch
+from ispa_deploy.profile.recorder import CLOCKS, Clock, measure, stopwatch
 from ispa_deploy.profile.steady import SteadyStream
-from ispa_deploy.specs import ModelSpec
 
 SCHEMA_VERSION = 1
+
+# What makes a report warn about itself: too few chunks, an unsteady machine, a gain that the method does not explain.
+FEW, UNSTEADY, SUSPECT = 3, 0.1, 1.1
 
 Audit = Callable[[nn.Module], list[dict[str, Any]]]
 """What every linear layer of a model really ran, one row each."""
@@ -70,6 +72,7 @@ def compare(
     baseline: str = "full",
     pixel_frames: int = 4,
     decoder: Callable[[Tensor], Tensor] | None = None,
+    clock: str = "wall",
     command: str = "",
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -77,7 +80,9 @@ def compare(
 
     In each of `rounds` rounds every configuration generates `chunks` chunks plain and `chunks` recorded.
     `pixel_frames`: pixel frames per latent frame, for FPS; `decoder`: latents (B, F, C, H, W) -> pixels, timed apart.
+    `clock`: `wall`, or `cpu` for one thread on a shared machine.
     """
+    _check_clock(clock, configurations)
     names = [configuration.name for configuration in configurations]
     if baseline not in names or len(set(names)) != len(names):
         raise InputError(f"configurations {names}: expected different names and the baseline '{baseline}' among them")
@@ -90,18 +95,47 @@ def compare(
         for offset in range(len(lanes)):
             lane = lanes[(number + offset) % len(lanes)]
             say(f"round {number + 1}/{rounds}: {lane.configuration.name}")
-            _turn(lane, chunks, recorded_first=number % 2 == 1, decoder=decoder)
+            _turn(lane, chunks, recorded_first=number % 2 == 1, decoder=decoder, clock=CLOCKS[clock])
     base = lanes[names.index(baseline)]
     report = {
         "schema_version": SCHEMA_VERSION,
         "command": command,
-        "env": environment(base.configuration.model.device),
+        "env": {**environment(base.configuration.model.device), "clock": clock},
         "model": _model_row(base.configuration.model),
         "baseline": baseline,
         "runs": [_run_row(lane, base, pixel_frames) for lane in lanes],
         **_paper_rows({lane.configuration.name: lane for lane in lanes}, base),
     }
-    return _rounded(report)  # type: ignore[no-any-return]
+    report["warnings"] = warnings(report)
+    rounded: dict[str, Any] = _rounded(report)
+    return rounded
+
+
+def _check_clock(clock: str, configurations: Sequence[Configuration]) -> None:
+    if clock not in CLOCKS:
+        raise known_names("clock", clock, CLOCKS)
+    if clock == "cpu" and (
+        torch.get_num_threads() != 1 or any(each.model.device.type != "cpu" for each in configurations)
+    ):
+        raise InputError("clock 'cpu' counts the time of one thread: expected one thread on a CPU; use --threads 1")
+
+
+def warnings(report: dict[str, Any]) -> list[str]:
+    """Why the numbers of this report must not be taken at their face value; empty when nothing speaks against it."""
+    found = []
+    for run in report["runs"]:
+        times, broken = run["chunk_ms"], run["closing"]["broken"]
+        if broken:
+            found.append(f"the account of '{run['name']}' does not close: {', '.join(broken)} beyond the limit")
+        if times["n"] < FEW:
+            found.append(f"'{run['name']}' was timed over {times['n']} chunks only")
+        elif times["spread"] > UNSTEADY * times["median"]:
+            share = 100 * times["spread"] / times["median"]
+            found.append(f"the chunks of '{run['name']}' differ by {share:.0f} % between quartiles: a busy machine?")
+    gain, keys = report["paper"]["attention"]["ours"], report["amdahl"]["attention_ceiling"]
+    if gain is not None and gain > SUSPECT * keys:
+        found.append(f"self-attention gained {gain:.2f}x where the dropped keys explain {keys:.2f}x: a busy machine?")
+    return found
 
 
 def _open(configuration: Configuration, chunks: int) -> _Lane:
@@ -113,8 +147,10 @@ def _open(configuration: Configuration, chunks: int) -> _Lane:
     return lane
 
 
-def _turn(lane: _Lane, chunks: int, *, recorded_first: bool, decoder: Callable[[Tensor], Tensor] | None) -> None:
-    """`chunks` pairs of a plain and a recorded chunk; who goes first alternates, so neither always runs on warm caches."""
+def _turn(
+    lane: _Lane, chunks: int, *, recorded_first: bool, decoder: Callable[[Tensor], Tensor] | None, clock: Clock
+) -> None:
+    """`chunks` pairs of a plain and a recorded chunk; who goes first alternates: neither always has the warm caches."""
     steady, model = lane.steady, lane.configuration.model
     with steady.turn():
         if model.device.type == "cuda":
@@ -122,16 +158,16 @@ def _turn(lane: _Lane, chunks: int, *, recorded_first: bool, decoder: Callable[[
         before = torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else 0
         for number in range(chunks):
             if recorded_first == (number % 2 == 0):
-                lane.recorded.append(measure(steady.step, model, model.device))
-                lane.plain.append(stopwatch(steady.step, model.device))
+                lane.recorded.append(measure(steady.step, model, model.device, clock))
+                lane.plain.append(stopwatch(steady.step, model.device, clock))
             else:
-                lane.plain.append(stopwatch(steady.step, model.device))
-                lane.recorded.append(measure(steady.step, model, model.device))
+                lane.plain.append(stopwatch(steady.step, model.device, clock))
+                lane.recorded.append(measure(steady.step, model, model.device, clock))
         lane.peak = max(lane.peak, _transient(model.device, before))
         lane.facts = _facts(lane)
     if decoder is not None:
         latents = torch.randn(1, model.spec.chunk_frames, *model.spec.latent_shape, device=model.device)
-        lane.decoding.append(stopwatch(lambda: decoder(latents), model.device))
+        lane.decoding.append(stopwatch(lambda: decoder(latents), model.device, clock))
 
 
 def _transient(device: torch.device, before: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from time import perf_counter_ns
+from time import perf_counter_ns, process_time_ns
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,12 @@ _UNATTRIBUTED = len(_ROWS)
 _GAP = "overhead.python"
 _NS_PER_MS = 1e6
 
+Clock = Callable[[], int]
+"""Nanoseconds since some fixed moment."""
+
+CLOCKS: dict[str, Clock] = {"wall": perf_counter_ns, "cpu": process_time_ns}
+"""`cpu` is the CPU time of the process: with one thread, what the wall time would be were the machine not shared."""
+
 
 class ChunkRecorder(Recorder, Protocol):
     """A recorder that is told where a chunk begins and ends."""
@@ -35,11 +41,12 @@ class ChunkRecorder(Recorder, Protocol):
 
 
 class CpuRecorder:
-    """Monotonic clock; exact for work that has ended when its mark ends, as on a CPU."""
+    """Reads a clock; exact for work that has ended when its mark ends, as on a CPU."""
 
-    __slots__ = ("_marks", "_row", "_since", "_spent", "_stack", "region")
+    __slots__ = ("_clock", "_marks", "_row", "_since", "_spent", "_stack", "region")
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = perf_counter_ns) -> None:
+        self._clock = clock
         self._marks = {name: _CpuMark(self, row) for row, name in enumerate(_ROWS)}
         # The look-up itself is the method: no Python frame of ours lies between a mark and its clock.
         self.region: Callable[[str], AbstractContextManager[None]] = self._marks.__getitem__
@@ -49,29 +56,29 @@ class CpuRecorder:
         self._spent = [0] * (_UNATTRIBUTED + 1)
         self._stack: list[int] = []
         self._row = _UNATTRIBUTED
-        self._since = perf_counter_ns()
+        self._since = self._clock()
 
     def end(self) -> list[float]:
-        self._spent[self._row] += perf_counter_ns() - self._since
+        self._spent[self._row] += self._clock() - self._since
         assert not self._stack, f"the chunk ended inside '{_ROWS[self._row]}'"
         return [ns / _NS_PER_MS for ns in self._spent]
 
 
 class _CpuMark:
-    __slots__ = ("_mine", "_recorder")
+    __slots__ = ("_clock", "_mine", "_recorder")
 
     def __init__(self, recorder: CpuRecorder, row: int) -> None:
-        self._recorder, self._mine = recorder, row
+        self._recorder, self._mine, self._clock = recorder, row, recorder._clock
 
     def __enter__(self) -> None:
-        now = perf_counter_ns()
+        now = self._clock()
         recorder = self._recorder
         recorder._spent[recorder._row] += now - recorder._since
         recorder._stack.append(recorder._row)
         recorder._row, recorder._since = self._mine, now
 
     def __exit__(self, *_: object) -> None:
-        now = perf_counter_ns()
+        now = self._clock()
         recorder = self._recorder
         recorder._spent[recorder._row] += now - recorder._since
         recorder._row, recorder._since = recorder._stack.pop(), now
@@ -112,8 +119,8 @@ class CudaRecorder:
         """An event now; the row in force owns the time from here to the next one."""
         index = len(self._owners)
         if index == len(self._events):
-            self._events.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
-        self._events[index].record(self._stream)  # type: ignore[no-untyped-call]
+            self._events.append(torch.cuda.Event(enable_timing=True))
+        self._events[index].record(self._stream)
         self._owners.append(self._row)
 
     def _enter(self, row: int) -> None:
@@ -139,9 +146,9 @@ class _CudaMark:
         self._recorder._leave()
 
 
-def recorder_for(device: torch.device) -> ChunkRecorder:
-    """The recorder for work on `device`."""
-    return CudaRecorder(device) if device.type == "cuda" else CpuRecorder()
+def recorder_for(device: torch.device, clock: Clock = perf_counter_ns) -> ChunkRecorder:
+    """The recorder for work on `device`; a GPU's events are its clock."""
+    return CudaRecorder(device) if device.type == "cuda" else CpuRecorder(clock)
 
 
 def synchronise(device: torch.device) -> None:
@@ -150,18 +157,20 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def stopwatch(work: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of wall time that `work` took, nothing installed."""
+def stopwatch(work: Callable[[], object], device: torch.device, clock: Clock = perf_counter_ns) -> float:
+    """Milliseconds that `work` took, nothing installed."""
     synchronise(device)
-    start = perf_counter_ns()
+    start = clock()
     work()
     synchronise(device)
-    return (perf_counter_ns() - start) / _NS_PER_MS
+    return (clock() - start) / _NS_PER_MS
 
 
-def measure(work: Callable[[], object], model: nn.Module, device: torch.device) -> Breakdown:
+def measure(
+    work: Callable[[], object], model: nn.Module, device: torch.device, clock: Clock = perf_counter_ns
+) -> Breakdown:
     """Run `work`, one chunk, and say where its time went; calls of `model` in it are passes."""
-    recorder, spent = recorder_for(device), [0.0]
+    recorder, spent = recorder_for(device, clock), [0.0]
 
     def recorded() -> None:
         nonlocal spent
@@ -173,7 +182,7 @@ def measure(work: Callable[[], object], model: nn.Module, device: torch.device) 
         gap = recorder.region(_GAP)
         for handle in _around(model, gap.__enter__, lambda: gap.__exit__(None, None, None)):
             hooks.callback(handle.remove)
-        wall = stopwatch(recorded, device)
+        wall = stopwatch(recorded, device, clock)
     *components, unattributed = spent
     return Breakdown(dict(zip(_ROWS, components, strict=True)), unattributed, wall)
 

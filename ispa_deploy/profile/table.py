@@ -26,7 +26,7 @@ def title(report: Report) -> str:
     device = env["gpu"] or f"{env['cpu']}, {env['threads']} threads"
     return (
         f"{model['name']} ({model['dtype']}, window {model['window']} frames, chunk {model['chunk_frames']}, "
-        f"{model['passes']} passes) on {device}, torch {env['torch']}"
+        f"{model['passes']} passes) on {device}, torch {env['torch']}, {env['clock']} time"
     )
 
 
@@ -75,7 +75,7 @@ def sentences(report: Report) -> list[str]:
             text.append("The paper's 1.86x is out of reach here: not even linear layers that cost nothing would do.")
     else:
         text.append(f"The paper's 1.86x would need linear layers {law['linear_speedup_needed']:.2f}x faster.")
-    return [*text, *_eight_bit_sentences(report), *_open_accounts(report)]
+    return [*text, *_eight_bit_sentences(report), *(f"Warning: {warning}." for warning in report["warnings"])]
 
 
 def _eight_bit_sentences(report: Report) -> list[str]:
@@ -85,15 +85,6 @@ def _eight_bit_sentences(report: Report) -> list[str]:
         f"At this width ({width}) 8 bits gain nothing: the linear layers of '{run['name']}' ran at "
         f"{run['linear_speedup']:.2f}x of the baseline's speed; what is saved is memory."
         for run in idle[-1:]
-    ]
-
-
-def _open_accounts(report: Report) -> list[str]:
-    return [
-        f"The account of '{run['name']}' does not close: {', '.join(run['closing']['broken'])} beyond the limit; "
-        "repeat on a quiet machine or with more rounds."
-        for run in report["runs"]
-        if not run["closing"]["closed"]
     ]
 
 

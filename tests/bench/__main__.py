@@ -30,16 +30,19 @@ def command(part: str, output: Path, arguments: argparse.Namespace) -> list[str]
     if part in _ALONE:
         return [*python, f"tests.bench.{part}", "--json", str(output)]
     rounds = ["--rounds", str(arguments.rounds)] if arguments.rounds else []
+    shared = ["--shared"] if arguments.shared else []
     device = ["--device", "cuda" if arguments.suite == "gpu" else "cpu"]
-    return [*python, "tests.bench.chunk", part, "--json", str(output), *device, *rounds]
+    return [*python, "tests.bench.chunk", part, "--json", str(output), *device, *rounds, *shared]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=sorted(SUITES), default="cpu")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--only", nargs="+", metavar="PART", choices=[part for suite in SUITES.values() for part in suite])
+    parts = [part for suite in SUITES.values() for part in suite]
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=parts)
     parser.add_argument("--rounds", type=int, help="rounds of the side-by-side comparisons")
+    parser.add_argument("--shared", action="store_true", help="busy machine: one thread, CPU instead of wall time")
     arguments = parser.parse_args(argv)
     if arguments.suite == "gpu" and not torch.cuda.is_available():
         parser.error("the GPU suite needs a CUDA device: none is visible to torch; use --suite cpu")

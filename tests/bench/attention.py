@@ -1,4 +1,4 @@
-"""`python -m tests.bench.attention --json FILE`: every attention backend that runs on this GPU, at the 1.3B model's sizes.
+"""`python -m tests.bench.attention`: the attention backends at the 1.3B model's sizes, every one that runs on this GPU.
 
 The table behind the order of preference in `ispa_deploy.attention`: one F-layer call (the whole window), one L-layer
 call (sink + current), and cross-attention, timed by events; medians over interleaved rounds.

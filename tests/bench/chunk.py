@@ -55,7 +55,7 @@ def configurations(model: CausalWanDiT, scheme: quant.Scheme) -> list[Configurat
     ]
 
 
-def measure(geometry: str, plan: Plan, device: str, rounds: int | None) -> dict[str, Any]:
+def measure(geometry: str, plan: Plan, device: str, rounds: int | None, shared: bool) -> dict[str, Any]:
     """The report of one geometry."""
     scheme, line = quant.resolve("w8a8", device)
     print(line)
@@ -66,7 +66,8 @@ def measure(geometry: str, plan: Plan, device: str, rounds: int | None) -> dict[
         chunks=plan.chunks,
         rounds=rounds or plan.rounds,
         pixel_frames=plan.pixel_frames,
-        command=f"python -m tests.bench.chunk {geometry} --device {device}",
+        clock="cpu" if shared else "wall",
+        command=f"python -m tests.bench.chunk {geometry} --device {device}{' --shared' if shared else ''}",
         progress=lambda step: print(f"{time.monotonic() - start:6.0f} s  {step}", flush=True),
     )
     for row in report["runs"]:
@@ -91,13 +92,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", required=True, help="the report; Markdown lies beside it")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--shared", action="store_true", help="busy machine: one thread, CPU instead of wall time")
     arguments = parser.parse_args(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    if arguments.shared:
+        torch.set_num_threads(1)
     if arguments.device == "cpu":
         quant.tune_allocator()
-    report = measure(arguments.geometry, PLANS[arguments.geometry], arguments.device, arguments.rounds)
+    plan = PLANS[arguments.geometry]
+    report = measure(arguments.geometry, plan, arguments.device, arguments.rounds, arguments.shared)
     write_json(arguments.json, report)
     write_text(arguments.json.with_suffix(".md"), markdown(report))
     Console().print(terminal(report))

@@ -1,7 +1,8 @@
-"""`python -m tests.bench.merge`: attention over split keys, merged, against the single call, at the size of the 1.3B model.
+"""`python -m tests.bench.merge`: attention over split keys, merged, against the single call.
 
-One thread and the CPU time of the process, so that other processes on the machine do not count. Single call and split
-take turns, and so does the part that only merges; the result is the median over rounds of the ratio of neighbours.
+At the size of the 1.3B model, with one thread and in CPU time of the process, so that other processes on the machine do
+not count. Single call and split take turns; the result is the median over rounds of the ratio of neighbours. The merge
+is also timed alone: what remains is the price of a second call, whose keys end in a partial block of their own.
 """
 
 from __future__ import annotations
