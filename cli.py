@@ -34,6 +34,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+MID_LAYERS = 4  # layers of the mid geometry that `profile` times: each costs the same, and the demo has minutes
+
 BundleArg = Annotated[Path, typer.Argument(help="Folder written by `quantize`.", show_default=False)]
 JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; progress goes to stderr.")]
 StatsOpt = Annotated[Path | None, typer.Option("--stats", help="Also write the JSON document to this file.")]
@@ -98,7 +100,9 @@ def quantize(
     _say(line)
     network, origin = load_source(source, model=model, dtype=_dtype(dtype), seed=seed)
     report = quantise_(network, chosen, skip=skip or ())
-    folder = write_bundle(out, network, scheme=chosen, report=report, source=origin, overwrite=overwrite)
+    folder = write_bundle(
+        out, network, scheme=chosen, report=report, source=origin, skip=skip or (), overwrite=overwrite
+    )
     _say(report.summary())
     document = {"bundle": str(folder), "scheme": chosen.name, **report.as_dict()}
     _emit(document, json_only, stats, lambda: typer.echo(f"bundle: {folder}"))
@@ -162,7 +166,7 @@ def run(
 def profile(
     bundle: BundleArg,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for report.json and report.md.")] = None,
-    chunks: Annotated[int, typer.Option(min=1, help="Steady chunks timed per configuration.")] = 7,
+    rounds: Annotated[int, typer.Option(min=3, help="Steady chunks timed per configuration.")] = 7,
     ratio: Annotated[float, typer.Option(help="Share of layers that are local.")] = 0.5,
     recent_frames: Annotated[int, typer.Option(help="Recent frames that local layers also keep.")] = 0,
     mid: Annotated[bool, typer.Option(help="Also profile the mid geometry (random weights), where 8 bits pay.")] = True,
@@ -175,7 +179,7 @@ def profile(
 ) -> None:
     """Break a steady chunk's latency into attention, linear and overhead, configurations side by side."""
     opened = _open(bundle, device, dtype, threads, tune_allocator, None)
-    document = _profile(opened, chunks, ratio, recent_frames, mid)
+    document = _profile(opened, rounds, ratio, recent_frames, mid)
     _write_reports(document, out)
     _emit(document, json_only, stats, lambda: _print_profile(document))
 
@@ -194,10 +198,12 @@ def evaluate(
 ) -> None:
     """Compare absorption with full cache, no absorption, no sink and random layers on the demo model."""
     from ispa_deploy.evaluate.command import run_evaluation
+    from ispa_deploy.evaluate.table import markdown
 
     opened = _open(bundle, "cpu", "float32", threads, True, None)
-    document, show = run_evaluation(opened.model, pairs=pairs, frames=frames, readme=readme, say=_say)
-    _emit(document, json_only, stats, show)
+    command = " ".join(["ispa-deploy", *sys.argv[1:]])
+    document = run_evaluation(opened.model, count=pairs, frames=frames, readme=readme, command=command)
+    _emit(document, json_only, stats, lambda: typer.echo(markdown(document)))
 
 
 @app.command()
@@ -237,7 +243,7 @@ def demo(
         runs[policy] = _run(opened, prompt, options, outputs, [], None, None)
         _print_run(runs[policy], err=True)
     _say("3/3  profile: where the time of a steady chunk goes")
-    report = _profile(opened, 5, 0.5, 0, True)
+    report = _profile(opened, 9, 0.5, 0, True)
     _write_reports(report, out)
     document = {"runs": runs, "profile": report}
     _emit(document, json_only, out / "demo.json", lambda: _print_profile(report))
@@ -273,7 +279,7 @@ def _run(
 
     if save_deltas is not None:
         output_path(save_deltas, ".safetensors", "deltas")
-    stored = load_deltas(deltas, base_sha256=bundle.base_sha256, spec=bundle.spec).deltas if deltas else None
+    stored = load_deltas(deltas, base_sha256=bundle.base_sha256, spec=bundle.spec) if deltas else None
     switches = [_switch(text) for text in later]
     stream = bundle.stream(prompt, options, deltas=stored, switches=switches)
     with stop_on_interrupt() as stop, _progress_bar() as show:
@@ -292,16 +298,19 @@ def _run(
     }
 
 
-def _profile(bundle: Bundle, chunks: int, ratio: float, recent: int, mid: bool) -> dict[str, Any]:
+def _profile(bundle: Bundle, rounds: int, ratio: float, recent: int, mid: bool) -> dict[str, Any]:
     from export.profiling import profile_bundle, profile_geometry
 
-    reports = [profile_bundle(bundle, chunks=chunks, ratio=ratio, recent=recent, say=_say)]
+    command = " ".join(["ispa-deploy", *sys.argv[1:]])
+    reports = [profile_bundle(bundle, rounds=rounds, ratio=ratio, recent=recent, command=command)]
     if mid and bundle.spec.name == "demo":
-        _say("the mid geometry, with random weights: wide enough for 8 bits to pay")
+        _say(f"the mid geometry, {MID_LAYERS} layers of random weights: wide enough for 8 bits to pay")
         reports.append(
-            profile_geometry("mid", bundle.model.device, chunks=min(chunks, 3), ratio=ratio, recent=recent, say=_say)
+            profile_geometry(
+                "mid", bundle.model.device, rounds=3, layers=MID_LAYERS, ratio=ratio, recent=recent, command=command
+            )
         )
-    return {"command": " ".join(["ispa-deploy", *sys.argv[1:]]), "reports": reports}
+    return {"command": command, "reports": reports}
 
 
 def _switch(text: str) -> tuple[int, str]:
@@ -395,10 +404,12 @@ def _print_run(document: dict[str, Any], *, err: bool = False) -> None:
 
 
 def _print_profile(document: dict[str, Any]) -> None:
-    from ispa_deploy.profile.table import print_report
+    from rich.console import Console
+
+    from ispa_deploy.profile.table import terminal
 
     for report in document["reports"]:
-        print_report(report)
+        Console().print(terminal(report))
 
 
 def _write_reports(document: dict[str, Any], folder: Path | None) -> None:

@@ -1,7 +1,8 @@
 """Marks in the code that say whose time this is; free when nobody is measuring.
 
-`with region("attention.kernel"):` costs one global read and an empty context manager while no recorder is installed. With one installed, marks nest and the innermost owns the time. A mark never touches a tensor, so latents are
-bit-equal with and without a recorder.
+`with region("attention.kernel"):` costs one global read and an empty context manager while no recorder is installed.
+With one installed, marks nest and the innermost owns the time. A mark never touches a tensor, so latents are bit-equal
+with and without a recorder.
 
 The names below are the rows of the latency breakdown; the part before the dot is the row's family.
 """

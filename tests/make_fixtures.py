@@ -1,9 +1,9 @@
 """Trim recorded upstream runs to what `tests/data` ships: `ISPA_PARITY_DIR=DIR python -m tests.make_fixtures`.
 
 A stream is causal, so its first chunks are a recording of their own. Kept: weights, prompt, noise, every renoise draw,
-the output, three velocities, the sampler's table, the last chunk's caches where the run was not cut short. Dropped: activations, inputs of
-single calls (the free-running replay makes them), snapshots. fp32, nothing is recomputed: the same input gives the same
-bytes.
+the output, three velocities, the sampler's table, the last chunk's caches where the run was not cut short. Dropped:
+activations, inputs of single calls (the free-running replay makes them), snapshots. fp32, nothing is recomputed: the
+same input gives the same bytes.
 """
 
 from __future__ import annotations

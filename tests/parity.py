@@ -224,9 +224,7 @@ def _compare_call(
         worst.see("timestep", torch.tensor(level.timesteps).expand_as(tensors["timestep"]), tensors["timestep"])
 
 
-def compare_caches(
-    cache: KVCache, call: dict[str, Any], recorded: dict[str, Tensor], worst: Worst, kind: str
-) -> None:
+def compare_caches(cache: KVCache, call: dict[str, Any], recorded: dict[str, Tensor], worst: Worst, kind: str) -> None:
     """Keys and values in temporal order; upstream's buffer is zero behind its local end."""
     for name, reference in recorded.items():
         layer = int(name.split("layer")[1].split("/")[0])

@@ -1,4 +1,4 @@
-"""The same mathematics a second time: float64, dense, slow, written to be read. Nothing here calls the code it checks."""
+"""The same mathematics a second time: float64, dense, slow, written to be read; it calls nothing that it checks."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ class NaiveMemory:
         return attend
 
     def _over(self, layer: int, q: Tensor, seen: list[int]) -> Tensor:
-        turned = [self._turn(part, frame) for part, frame in zip(q.chunk(len(self.current), 1), self.current, strict=True)]
+        turned = [
+            self._turn(part, frame) for part, frame in zip(q.chunk(len(self.current), 1), self.current, strict=True)
+        ]
         keys = torch.cat([self._turn(self.held[layer][frame][0], frame) for frame in seen], 1)
         values = torch.cat([self.held[layer][frame][1] for frame in seen], 1)
         return attention(torch.cat(turned, 1), keys, values)[0].to(q.dtype)

@@ -16,7 +16,9 @@ from tests.reference import attention
 CPU = torch.device("cpu")
 
 
-def _inputs(dtype: torch.dtype, *, keys: int = 96, scale: float = 1.0, width: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(
+    dtype: torch.dtype, *, keys: int = 96, scale: float = 1.0, width: int = 32
+) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (2, 24, 3, width), (2, keys, 3, width), (2, keys, 3, width)
     q, k, v = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     return (q * scale).to(dtype), k.to(dtype), v.to(dtype)
@@ -92,7 +94,11 @@ def test_a_far_heavier_set_wins_alone() -> None:
 
 
 def test_dtypes_of_the_result() -> None:
-    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)):
+    for dtype, wide in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
         for part in (attend(*_inputs(dtype)), merge(attend(*_inputs(dtype)), attend(*_inputs(dtype)))):
             assert (part.out.dtype, part.lse.dtype) == (dtype, wide)
 
@@ -113,5 +119,5 @@ def test_the_cpu_has_a_fast_kernel_and_the_reference() -> None:
 
 
 def test_an_unknown_backend_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match="cpu-flash.*reference"):
+    with pytest.raises(InputError, match=r"cpu-flash.*reference"):
         attend(*_inputs(torch.float32), backend="fastest")

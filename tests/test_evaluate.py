@@ -173,9 +173,7 @@ def test_twins_run_on_the_same_layers_with_the_same_cache(document: dict[str, An
     for variant in VARIANTS:
         if variant.layers_of is None:
             continue
-        for bare, absorbing in zip(
-            rows_of(document, variant.name), rows_of(document, variant.layers_of), strict=True
-        ):
+        for bare, absorbing in zip(rows_of(document, variant.name), rows_of(document, variant.layers_of), strict=True):
             assert (bare["prompt"], bare["seed"]) == (absorbing["prompt"], absorbing["seed"])
             assert sorted(bare["layers"]) == sorted(absorbing["layers"])
             assert len(bare["layers"]) == (4 if "1.0" in variant.name else 2)

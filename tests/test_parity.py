@@ -93,7 +93,8 @@ def _two_prompts(spec: ModelSpec, model: CausalWanDiT) -> tuple[torch.Tensor, li
         for start in range(0, 15, 3):
             cache.begin(start, 3)
             for t in (900.0, 0.0):
-                chunks.append(model(noise[samples, start : start + 3], model.condition(torch.tensor([[t]])), text, cache))
+                condition = model.condition(torch.tensor([[t]]))
+                chunks.append(model(noise[samples, start : start + 3], condition, text, cache))
         runs.append(torch.cat(chunks, 1))
     return runs[0], runs[1:]
 

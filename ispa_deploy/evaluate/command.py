@@ -15,7 +15,7 @@ from ispa_deploy import __version__
 from ispa_deploy.demo.codec import BlockCodec
 from ispa_deploy.errors import InputError
 from ispa_deploy.evaluate.compare import evaluate
-from ispa_deploy.evaluate.table import markdown, replace_section, write_whole
+from ispa_deploy.evaluate.table import markdown, replace_section, split_section, write_whole
 from ispa_deploy.evaluate.variants import VARIANTS, Pair, Variant, demo_pairs
 from ispa_deploy.media.output import output_path
 from ispa_deploy.model import CausalWanDiT
@@ -41,8 +41,8 @@ def run_evaluation(
         raise InputError(f"{count} pairs: expected 2 or more, an interval needs several videos")
     if output is not None:
         output = output_path(output, ".json", "evaluation output")
-    if readme is not None and not readme.is_file():
-        raise InputError(f"README '{readme}' does not exist: expected a text with the quality markers")
+    if readme is not None:
+        split_section(readme)
     pairs = demo_pairs(count, seed)
     results = evaluate(model, BlockCodec().decode, pairs, variants, frames=frames, finished=finished)
     document = {

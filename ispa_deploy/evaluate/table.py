@@ -93,14 +93,18 @@ def terminal_table(document: dict[str, Any]) -> Table:
 
 def replace_section(path: Path, text: str) -> None:
     """Put `text` between the markers of a file, which stay; the file is replaced whole or not at all."""
-    if not path.is_file():
-        raise InputError(f"'{path}' is no file: expected a text with the lines {START} and {END}")
-    old = path.read_text(encoding="utf-8")
-    if old.count(START) != 1 or old.count(END) != 1 or old.index(START) > old.index(END):
-        raise InputError(f"'{path}' does not hold {START} and {END} once each, in this order: put them where it goes")
-    before, rest = old.split(START)
-    after = rest.split(END)[1]
+    before, after = split_section(path)
     write_whole(path, f"{before}{START}\n{text}\n{END}{after}")
+
+
+def split_section(path: Path) -> tuple[str, str]:
+    """What stands before the start marker and after the end marker; InputError unless the file has both, in order."""
+    if not path.is_file():
+        raise InputError(f"'{path}' does not exist: expected a text with the lines {START} and {END}")
+    text = path.read_text(encoding="utf-8")
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise InputError(f"'{path}' does not hold {START} and {END} once each, in this order: put them where it goes")
+    return text.split(START)[0], text.split(END)[1]
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -43,14 +43,15 @@ def grid(report: Report) -> list[list[str]]:
         line(family, [_share(run["families"][family], run) for run in runs])
         for row in (row for row in ROWS if row.startswith(f"{family}.")):
             if any(run["components"][row] >= _SEEN * run["wall_ms"] for run in runs):
-                line(f"  {ROWS[row]}", [_share(run["components"][row], run) for run in runs])
+                line("  " + row.partition(".")[2], [_share(run["components"][row], run) for run in runs])
     line("unattributed", [_share(run["unattributed_ms"], run) for run in runs])
     line("speed-up", [_times(run["speedup"]) for run in runs])
     line("  self-attention", [_times(run["attention_speedup"]) for run in runs])
     line("  linear", [_times(run["linear_speedup"]) for run in runs])
     line("frames per second", [f"{run['fps']['dit']:.2f}" for run in runs])
-    line("KV cache", [f"{_mib(run['memory']['kv_persistent'])} ({run['kv_percent']:.1f} %)" for run in runs])
-    line("weights", [_mib(run["memory"]["weights"]) for run in runs])
+    line("KV cache, MiB", [_mib(run["memory"]["kv_persistent"]) for run in runs])
+    line("KV cache, %", [f"{run['kv_percent']:.1f}" for run in runs])
+    line("weights, MiB", [_mib(run["memory"]["weights"]) for run in runs])
     return lines
 
 
@@ -75,7 +76,7 @@ def sentences(report: Report) -> list[str]:
             text.append("The paper's 1.86x is out of reach here: not even linear layers that cost nothing would do.")
     else:
         text.append(f"The paper's 1.86x would need linear layers {law['linear_speedup_needed']:.2f}x faster.")
-    return [*text, *_eight_bit_sentences(report), *(f"Warning: {warning}." for warning in report["warnings"])]
+    return [*text, *_eight_bit_sentences(report), *(f"Warning: {warning}" for warning in report["warnings"])]
 
 
 def _eight_bit_sentences(report: Report) -> list[str]:
@@ -96,7 +97,7 @@ def terminal(report: Report) -> RenderableType:
     def table(lines: Sequence[Sequence[str]], right: bool, heading: str) -> Table:
         made = Table(title=heading, title_justify="left")
         for index, column in enumerate(lines[0]):
-            made.add_column(column, justify="right" if right and index else "left")
+            made.add_column(column, justify="right" if right and index else "left", no_wrap=right)
         for line in lines[1:]:
             made.add_row(*line, style="bold" if line[0] in (*FAMILIES, "speed-up") else None)
         return made
@@ -132,7 +133,7 @@ def _share(ms: float, run: Run) -> str:
 
 
 def _mib(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"
+    return f"{count / 2**20:.1f}"
 
 
 def _times(value: float | None) -> str:

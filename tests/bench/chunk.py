@@ -16,43 +16,32 @@ import torch
 from rich.console import Console
 
 import quant
-from ispa_deploy.model import CausalWanDiT
-from ispa_deploy.options import StreamOptions
-from ispa_deploy.profile.compare import Configuration, compare
+from export.profiling import configurations
+from ispa_deploy.profile.compare import compare
 from ispa_deploy.profile.files import write_json, write_text
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
 from ispa_deploy.profile.table import markdown, terminal
-from quant.audit import audit
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a geometry is measured: rounds of `chunks` plain and `chunks` recorded chunks per configuration."""
+    """How a geometry is measured: rounds of `chunks` plain and `chunks` recorded chunks per configuration.
+
+    `shared_clock`: what `--shared` reads. A reading of the CPU clock is a system call, too dear for the demo's marks.
+    """
 
     dtype: torch.dtype
     rounds: int
     chunks: int
-    pixel_frames: int = 4
+    shared_clock: str = "cpu"
 
 
 PLANS = {
-    "demo": Plan(torch.float32, rounds=10, chunks=2, pixel_frames=1),
-    "mid": Plan(torch.bfloat16, rounds=2, chunks=1),
+    "demo": Plan(torch.float32, rounds=10, chunks=2, shared_clock="wall"),
+    "mid": Plan(torch.bfloat16, rounds=3, chunks=1),
     "longlive-1.3b": Plan(torch.bfloat16, rounds=6, chunks=3),
     "krea-14b": Plan(torch.bfloat16, rounds=3, chunks=1),
 }
-
-
-def configurations(model: CausalWanDiT, scheme: quant.Scheme) -> list[Configuration]:
-    """The paper's side by side, and 8 bits without ISPA. Of each kind of linear there is one model."""
-    eight = copy.deepcopy(model)
-    print(quant.quantise_(eight, scheme).summary())
-    options = {"full": StreamOptions(policy="full"), "ispa": StreamOptions(policy="absorb")}
-    return [
-        Configuration(name=name + tail, model=which, options=value, scheme=label, audit=audit)
-        for tail, which, label in (("", model, "none"), ("+w8a8", eight, scheme.name))
-        for name, value in options.items()
-    ]
 
 
 def measure(geometry: str, plan: Plan, device: str, rounds: int | None, shared: bool) -> dict[str, Any]:
@@ -60,13 +49,15 @@ def measure(geometry: str, plan: Plan, device: str, rounds: int | None, shared: 
     scheme, line = quant.resolve("w8a8", device)
     print(line)
     model = random_model(GEOMETRIES[geometry], plan.dtype, device)
+    eight = copy.deepcopy(model)
+    print(quant.quantise_(eight, scheme).summary())
     start = time.monotonic()
     report = compare(
-        configurations(model, scheme),
+        configurations(model, eight, scheme.name),
         chunks=plan.chunks,
         rounds=rounds or plan.rounds,
-        pixel_frames=plan.pixel_frames,
-        clock="cpu" if shared else "wall",
+        pixel_frames=model.spec.temporal_stride,
+        clock=plan.shared_clock if shared else "wall",
         command=f"python -m tests.bench.chunk {geometry} --device {device}{' --shared' if shared else ''}",
         progress=lambda step: print(f"{time.monotonic() - start:6.0f} s  {step}", flush=True),
     )
@@ -92,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", required=True, help="the report; Markdown lies beside it")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--shared", action="store_true", help="busy machine: one thread, CPU instead of wall time")
+    parser.add_argument("--shared", action="store_true", help="busy machine: one thread, its CPU time")
     arguments = parser.parse_args(argv)
     if arguments.shared:
         torch.set_num_threads(1)

@@ -42,14 +42,14 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
         return attend(q, k[:, first:last], v[:, first:last])
 
     near, far = part(0, LOCAL), part(LOCAL, KEYS)  # also the warm-up
-    single, split, fused = [], [], []
+    single, split, fused = list[float](), list[float](), list[float]()
+    runs: list[tuple[list[float], Callable[[], Attended]]] = [
+        (single, lambda: part(0, KEYS)),
+        (split, lambda: merge(part(0, LOCAL), part(LOCAL, KEYS))),
+    ]
     for number in range(rounds):
-        runs = [
-            lambda: single.append(seconds(lambda: part(0, KEYS))),
-            lambda: split.append(seconds(lambda: merge(part(0, LOCAL), part(LOCAL, KEYS)))),
-        ]
-        for run in runs if number % 2 else reversed(runs):
-            run()
+        for times, run in runs if number % 2 else reversed(runs):
+            times.append(seconds(run))
         fused.append(seconds(lambda: merge(near, far)))
     overhead = median(b / a for a, b in zip(single, split, strict=True)) - 1
     merging = median(c / a for a, c in zip(single, fused, strict=True))

@@ -1,0 +1,158 @@
+"""The report of a comparison: rows of every run, the paper's figures beside ours, and what speaks against the numbers.
+
+`SCHEMA_VERSION` grows when a field changes its meaning, not when one is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import torch
+
+from ispa_deploy.model import CausalWanDiT
+from ispa_deploy.profile.breakdown import closing
+from ispa_deploy.profile.environment import environment
+from ispa_deploy.profile.lane import Lane
+from ispa_deploy.profile.paper import PAPER, Parts, amdahl, attention_shortfall, keys_ratio, shortfall, verdict
+
+SCHEMA_VERSION = 1
+
+# What makes a report warn about itself: too few chunks, an unsteady machine, a gain that the method does not explain.
+FEW, UNSTEADY, SUSPECT = 3, 0.1, 1.1
+
+
+def report_of(lanes: Sequence[Lane], baseline: str, *, pixel_frames: int, command: str, clock: str) -> dict[str, Any]:
+    """What was measured, as plain JSON types; `compare` says what the arguments are."""
+    by_name = {lane.configuration.name: lane for lane in lanes}
+    base = by_name[baseline]
+    model = base.configuration.model
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "env": {**environment(model.device), "clock": clock},
+        "model": _model_row(model),
+        "baseline": baseline,
+        "runs": [_run_row(lane, base, pixel_frames) for lane in lanes],
+        **_paper_rows(by_name, base),
+    }
+    report["warnings"] = warnings(report)
+    rounded: dict[str, Any] = _rounded(report)
+    return rounded
+
+
+def warnings(report: dict[str, Any]) -> list[str]:
+    """Why the numbers of this report must not be taken at their face value; empty when nothing speaks against it."""
+    found = []
+    for run in report["runs"]:
+        times, broken = run["chunk_ms"], run["closing"]["broken"]
+        if broken:
+            found.append(f"the account of '{run['name']}' does not close: {', '.join(broken)} beyond the limit")
+        if times["n"] < FEW:
+            found.append(f"'{run['name']}' was timed over {times['n']} chunks only")
+        elif times["spread"] > UNSTEADY * times["median"]:
+            share = f"{100 * times['spread'] / times['median']:.0f} %"
+            found.append(f"the chunks of '{run['name']}' differ by {share} between quartiles: the machine was busy")
+    gain, keys = report["paper"]["attention"]["ours"], report["amdahl"]["attention_ceiling"]
+    if gain is not None and gain > SUSPECT * keys:
+        found.append(f"self-attention gained {gain:.2f}x, the dropped keys explain {keys:.2f}x: the machine was busy")
+    return found
+
+
+def _model_row(model: CausalWanDiT) -> dict[str, Any]:
+    spec = model.spec
+    rows = ("dim", "ffn_dim", "heads", "layers", "frame_tokens", "text_len")
+    geometry = {name: getattr(spec, name) for name in rows} | {"latent": list(spec.latent_shape)}
+    return {
+        "name": spec.name,
+        "geometry": geometry,
+        "window": spec.window_frames,
+        "chunk_frames": spec.chunk_frames,
+        "passes": len(spec.steps) + 1,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _run_row(lane: Lane, base: Lane, pixel_frames: int) -> dict[str, Any]:
+    options, spec = lane.configuration.options, lane.configuration.model.spec
+    run, reference, facts = lane.run, base.run, lane.facts
+    overhead = median(a.wall / b for a, b in zip(lane.recorded, lane.plain, strict=True))
+    localises = lane.steady.stream.absorber.policy.localises
+    return {
+        "name": lane.configuration.name,
+        "policy": options.policy,
+        "ratio": facts["local"] / spec.layers,
+        "recent": options.recent_frames if localises else 0,
+        "scheme": lane.configuration.scheme,
+        "delta": facts["delta"],
+        "chunk_ms": _distribution(lane.plain),
+        "wall_ms": run.wall,
+        "families": run.families,
+        "components": dict(run.components),
+        "unattributed_ms": run.unattributed,
+        "instrumented_over_plain": overhead,
+        "closing": closing(run, overhead),
+        "speedup": median(base.plain) / median(lane.plain),
+        "attention_speedup": _ratio(reference.self_attention, run.self_attention),
+        "linear_speedup": _ratio(reference.families["linear"], run.families["linear"]),
+        "memory": facts["memory"],
+        "kv_percent": facts["kv_percent"],
+        "fps": _fps(lane, spec.chunk_frames * pixel_frames),
+        "audit": facts["audit"],
+    }
+
+
+def _distribution(values: list[float]) -> dict[str, float | int]:
+    """Median and percentiles by linear interpolation, and the distance of the quartiles."""
+    low, middle, high, p90, p99 = torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75, 0.9, 0.99])).tolist()
+    return {"median": middle, "p90": p90, "p99": p99, "min": min(values), "spread": high - low, "n": len(values)}
+
+
+def _fps(lane: Lane, frames: int) -> dict[str, float | None]:
+    """Pixel frames per second: the transformer alone, with decoding, and over everything that was timed."""
+    chunk = median(lane.plain)
+    if not lane.decoding:
+        return {"dit": 1e3 * frames / chunk, "with_vae": None, "wall": 1e3 * frames * len(lane.plain) / sum(lane.plain)}
+    decoding = median(lane.decoding)
+    mean = sum(lane.plain) / len(lane.plain) + sum(lane.decoding) / len(lane.decoding)
+    return {"dit": 1e3 * frames / chunk, "with_vae": 1e3 * frames / (chunk + decoding), "wall": 1e3 * frames / mean}
+
+
+def _paper_rows(lanes: dict[str, Lane], base: Lane) -> dict[str, Any]:
+    ispa, both = lanes.get("ispa"), lanes.get("ispa+w8a8")
+    whole = Parts.of(base.run)
+    figures = {figure: verdict(figure, None) for figure in PAPER}
+    keys = 1.0
+    if ispa is not None:
+        gain = base.run.self_attention / ispa.run.self_attention
+        figures["attention"] = verdict("attention", gain, attention_shortfall(ispa.run, gain))
+        figures["overall"] = _overall("overall", ispa, base, "attention")
+        keys = _keys(ispa)
+    if both is not None:
+        figures["overall_w8a8"] = _overall("overall_w8a8", both, base, "linear")
+    return {"paper": figures, "amdahl": amdahl(whole, Parts.of(ispa.run) if ispa else None, keys)}
+
+
+def _overall(figure: str, lane: Lane, base: Lane, lever: str) -> dict[str, Any]:
+    short = shortfall(Parts.of(base.run), Parts.of(lane.run), lever, PAPER[figure])
+    return verdict(figure, median(base.plain) / median(lane.plain), short)
+
+
+def _keys(lane: Lane) -> float:
+    cache, policy = lane.steady.stream.cache, lane.steady.stream.absorber.policy
+    local = policy.sink + cache.recent + cache.spec.chunk_frames
+    return keys_ratio(lane.facts["local"] / cache.spec.layers, cache.spec.window_frames, local)
+
+
+def _ratio(a: float, b: float) -> float | None:
+    return a / b if b else None
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits are more than any clock here gives, and files under version control stay readable."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
