@@ -66,7 +66,7 @@ def kept_frames(capacity: int, sink: int, chunks: Sequence[tuple[int, int]]) -> 
 
 
 class NaiveMemory:
-    """A model's `Memory` without a cache: every frame's unrotated keys and values in dicts, window rules by the book."""
+    """A model's `Memory` without a cache: every frame's unrotated keys and values in dicts, rules by the book."""
 
     def __init__(self, spec: ModelSpec):
         self.spec = spec

@@ -1,0 +1,150 @@
+"""Checkpoints as their projects publish them, seen as one flat mapping of upstream's names to tensors.
+
+A file (`.safetensors`, `.pt` and its kin), a folder of shards with or without an index, or a diffusers folder. Tensors
+are mapped from the file, so that opening a checkpoint reads headers only; nothing that is read can run code. Files in
+torch's format from before 1.6 cannot be mapped and are held in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export.keymaps import undone
+from export.manifest import MANIFEST, Source, combined, file_digest
+from export.tensors import reading
+from ispa_deploy.errors import InputError
+
+# In order of preference: the averaged weights are the ones to run.
+WRAPPERS = ("generator_ema", "generator", "model")
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_INDICES = ("*.safetensors.index.json", "*.bin.index.json")
+_DIFFUSERS_PART = "transformer"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """`state`: tensors by upstream's names, as stored. `layout`: the wrapping they came in (`export.keymaps`)."""
+
+    where: str
+    state: Mapping[str, Tensor]
+    layout: str
+    files: tuple[Path, ...]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+
+    def source(self, name: str) -> Source:
+        """What the manifest says of it; reads every file once."""
+        digests = [file_digest(file).sha256 for file in self.files]
+        return Source("checkpoint", name, digests[0] if len(digests) == 1 else combined(digests))
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The weights in a file or folder, mapped. InputError naming the file that is missing, damaged or no checkpoint."""
+    files = _files(path)
+    where = f"'{files[0] if len(files) == 1 else files[0].parent}'"
+    state: dict[str, Tensor] = {}
+    layouts = []
+    for file in files:
+        part, layout = _unwrapped(read_container(file), f"'{file}'")
+        twice = sorted(part.keys() & state.keys())
+        if twice:
+            raise InputError(f"{where} holds {twice[0]} in two of its {len(files)} files: expected one network")
+        state.update(part)
+        layouts.append(layout)
+    return Checkpoint(where, state, layouts[0], tuple(files))
+
+
+def read_container(path: Path) -> Any:
+    """Tensors by name, or what a torch pickle of plain tensors holds, mapped where the format allows it."""
+    if path.suffix == ".safetensors":
+        with reading(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    if path.suffix not in PICKLE_SUFFIXES:
+        raise InputError(f"source '{path}': expected .safetensors or {', '.join(PICKLE_SUFFIXES)}")
+    if not path.is_file():
+        raise InputError(f"'{path}' does not exist or is no file: expected a torch file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except UnpicklingError as error:
+        what = "holds objects that could run code" if "global" in str(error).lower() else "is not a whole torch file"
+        raise InputError(f"'{path}' {what}: expected plain tensors only; save its state dict as safetensors") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"'{path}' is not a whole torch file ({reason:.120}): copy it again") from None
+
+
+def tensors_only(state: Any, where: str, expected: str) -> Mapping[str, Tensor]:
+    """`state` if it maps names to tensors; InputError naming the first that is none."""
+    if not isinstance(state, Mapping):
+        raise InputError(f"{where} holds a {type(state).__name__}: expected a dictionary of tensors")
+    strays = sorted(str(name) for name, value in state.items() if not isinstance(value, Tensor))
+    if strays:
+        raise InputError(f"{where}: '{strays[0]}' is no tensor: expected {expected}")
+    return {str(name): value for name, value in state.items()}
+
+
+def _unwrapped(loaded: Any, where: str) -> tuple[dict[str, Tensor], str]:
+    """State dict under upstream's names, whatever it was wrapped in, and that wrapping."""
+    held = loaded if isinstance(loaded, Mapping) else {}
+    wrappers = [name for name in WRAPPERS if isinstance(held.get(name), Mapping)]
+    state = tensors_only(
+        held[wrappers[0]] if wrappers else loaded, where, f"a state dict, alone or under {', '.join(WRAPPERS)}"
+    )
+    names = undone(state, where)
+    layout = "flat, with the prefix model." if names.prefixed else "flat"
+    # Both a network and its average: no published layout, so it tells nothing about the family.
+    layout = " and ".join(wrappers) or ("diffusers" if names.diffusers else layout)
+    return {plain: state[name] for name, plain in names.plain.items()}, layout
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or the files of the folder that hold its weights."""
+    if not path.exists():
+        raise InputError(f"source '{path}' does not exist: expected demo, random, or a checkpoint file or folder")
+    if path.is_file():
+        return [path]
+    if (path / MANIFEST).exists():
+        raise InputError(f"source '{path}' is a bundle already: expected a floating checkpoint")
+    for folder in (path, path / _DIFFUSERS_PART):
+        indices = next((found for pattern in _INDICES if (found := sorted(folder.glob(pattern)))), [])
+        if len(indices) > 1:
+            names = ", ".join(index.name for index in indices)
+            raise InputError(f"source folder '{folder}' has several checkpoints ({names}): expected one")
+        files = _indexed(indices[0]) if indices else sorted(folder.glob("*.safetensors"))
+        if files:
+            return files
+    others = sorted(file.name for suffix in PICKLE_SUFFIXES for file in path.glob(f"*{suffix}"))
+    there = f"; it has {', '.join(others)}" if others else ""
+    raise InputError(
+        f"source folder '{path}' has no .safetensors file{there}: expected a checkpoint; name the file itself"
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The shards an index lists, all of them there."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"'{index}' is no index of shards: expected JSON with a weight_map; copy it again") from None
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if strange:
+        raise InputError(f"'{index}' lists the file '{strange[0]}': expected plain names inside the folder")
+    lost = [name for name in names if not (index.parent / name).is_file()]
+    if lost or not names:
+        raise InputError(
+            f"'{index}' lists {len(names)} files of which {len(lost)} are missing "
+            f"({', '.join(lost[:3])}): expected all of them; copy the folder again"
+        )
+    return [index.parent / name for name in names]
