@@ -85,6 +85,10 @@ def quantize(
     skip: Annotated[
         list[str] | None, typer.Option(help="Regex of linears to keep in floating point; repeatable.")
     ] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA file (.pt, .safetensors) to merge first.")] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Its alpha; default: the published one (LiveAvatar 64, others their rank).")
+    ] = None,
     dtype: DtypeOpt = "auto",
     seed: Annotated[int, typer.Option(help="Seed of `random` weights.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
@@ -92,17 +96,15 @@ def quantize(
     stats: StatsOpt = None,
 ) -> None:
     """Apply W8A8 post-training quantisation and write a safetensors bundle."""
-    from export.bundle import write_bundle
-    from export.sources import load_source
-    from quant import quantise_, resolve
+    from export.convert import quantise_source
+    from quant import resolve
 
     chosen, line = resolve(scheme, "cpu")
     _say(line)
-    network, origin = load_source(source, model=model, dtype=_dtype(dtype), seed=seed)
-    report = quantise_(network, chosen, skip=skip or ())
-    folder = write_bundle(
-        out, network, scheme=chosen, report=report, source=origin, skip=skip or (), overwrite=overwrite
-    )
+    folder, report = quantise_source(
+        source, out, scheme=chosen, model=model, skip=skip or (), lora=lora, lora_alpha=lora_alpha,
+        dtype=_dtype(dtype), seed=seed, overwrite=overwrite, say=_say,
+    )  # fmt: skip
     _say(report.summary())
     document = {"bundle": str(folder), "scheme": chosen.name, **report.as_dict()}
     _emit(document, json_only, stats, lambda: typer.echo(f"bundle: {folder}"))

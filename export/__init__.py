@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from export.bundle import Bundle, open_bundle
+    from export.convert import convert_checkpoint, quantise_source
     from export.deltas import StoredDeltas, load_deltas, save_deltas, save_deltas_of
+    from export.lora import merge_lora_
     from export.manifest import Manifest, Source, read_manifest
     from export.sources import load_source
     from export.write import write_bundle
@@ -25,9 +27,12 @@ __all__ = [
     "Manifest",
     "Source",
     "StoredDeltas",
+    "convert_checkpoint",
     "load_deltas",
     "load_source",
+    "merge_lora_",
     "open_bundle",
+    "quantise_source",
     "read_manifest",
     "save_deltas",
     "save_deltas_of",
@@ -36,9 +41,11 @@ __all__ = [
 
 _HOME = {
     **dict.fromkeys(("Bundle", "open_bundle"), "bundle"),
+    **dict.fromkeys(("convert_checkpoint", "quantise_source"), "convert"),
     **dict.fromkeys(("StoredDeltas", "load_deltas", "save_deltas", "save_deltas_of"), "deltas"),
     **dict.fromkeys(("Manifest", "Source", "read_manifest"), "manifest"),
     "load_source": "sources",
+    "merge_lora_": "lora",
     "write_bundle": "write",
 }
 

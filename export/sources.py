@@ -1,58 +1,145 @@
 """Where floating weights come from: the package, a random generator, or a checkpoint of an upstream project.
 
-Upstream saves the same network under many wrappings. All are undone by three rules: unwrap `generator_ema`,
-`generator` or `model`; drop the infixes of the training wrappers; drop one leading `model.`. What is left must fit the
-model's names and shapes exactly.
+`export.checkpoints` undoes the wrapping, `export.keymaps` the names; what is left must fit the model's names and shapes
+exactly. Tensors are taken one at a time, merged with an adapter in float32 and rounded once.
 """
 
 from __future__ import annotations
 
-import re
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import ispa_deploy.demo
-from export.manifest import MANIFEST, Source, combined, file_digest
-from export.tensors import aligned, check_finite, check_names, check_shapes, reading
+from export.checkpoints import Checkpoint, open_checkpoint
+from export.keymaps import recognise
+from export.lora import Lora, merge_lora_, read_lora
+from export.manifest import Source, combined, file_digest
+from export.tensors import Shape, aligned, check_finite, check_names, check_shapes
 from ispa_deploy.errors import InputError
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.specs import SPECS, ModelSpec, spec_for
 
 DEMO_WEIGHTS = Path(ispa_deploy.demo.__file__).with_name("weights.safetensors")
+# Sources that are no path.
+NAMED = ("demo", "random")
 
-_WRAPPERS = ("generator_ema", "generator", "model")
-_INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+Say = Callable[[str], None]
+
+
+def quiet(line: str) -> None:
+    """Nobody is told."""
 
 
 def load_source(
-    source: str | Path, *, model: str | ModelSpec | None = None, dtype: torch.dtype | None = None, seed: int = 0
+    source: str | Path,
+    *,
+    model: str | ModelSpec | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    lora: str | Path | None = None,
+    lora_alpha: float | None = None,
+    say: Say = quiet,
 ) -> tuple[CausalWanDiT, Source]:
     """The floating model behind `demo`, `random`, or the path of a checkpoint file or folder; in eval mode, on the CPU.
 
-    `model` names its spec; a checkpoint may go without where its shapes fit one spec only. `dtype` None keeps the
-    checkpoint's (bfloat16 for `random`, as upstream runs). Raises InputError naming the file and what does not fit.
+    `model` names its spec; a checkpoint may go without where its shapes and layout fit one spec only, and `say` is told
+    what was concluded. `dtype` None keeps the checkpoint's (bfloat16 for `random`, as upstream runs). `lora`: an
+    adapter to merge, scaled by `lora_alpha` / its rank. Raises InputError naming the file and what does not fit.
     """
     spec = spec_for(model) if isinstance(model, str) else model
-    if str(source) == "random":
-        return _random(spec, dtype or torch.bfloat16, seed)
-    if str(source) == "demo":
-        if spec is not None and spec.name != "demo":
-            raise InputError(f"--model {spec.name} with the source demo: expected no --model, or demo")
-        return _loaded([DEMO_WEIGHTS], SPECS["demo"], dtype), Source("demo", "demo", file_digest(DEMO_WEIGHTS).sha256)
-    path = Path(source)
-    files = _files(path)
-    digests = [file_digest(file).sha256 for file in files]
-    digest = digests[0] if len(digests) == 1 else combined(digests)
-    return _loaded(files, spec, dtype), Source("checkpoint", path.absolute().name, digest)
+    if str(source) not in NAMED:
+        weights = open_weights(source, spec=spec, dtype=dtype, lora=lora, lora_alpha=lora_alpha, say=say)
+        return weights.model(), weights.source
+    network, origin = _random(spec, dtype or torch.bfloat16, seed) if str(source) == "random" else _demo(spec, dtype)
+    if lora is None:
+        return network, origin
+    adapter = merge_lora_(network, lora, alpha=lora_alpha)
+    say(adapter.summary)
+    return network, with_lora(origin, Path(lora), adapter)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint that fits `spec`: its tensors, read one by one, and what the manifest says of it."""
+
+    spec: ModelSpec
+    dtype: torch.dtype
+    source: Source
+    checkpoint: Checkpoint
+    lora: Lora | None = None
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in `dtype`, adapter merged; a view of the file where nothing had to be done.
+
+        Raises InputError naming a tensor that holds NaN or Inf.
+        """
+        stored = check_finite(self.checkpoint.state[name], name, self.checkpoint.where)
+        merged = self.lora.merged(name, stored) if self.lora else stored
+        cast = merged.to(self.dtype)
+        # A number of the file may be too large for a narrower dtype, and a sum for its own.
+        return cast if cast is stored else check_finite(cast, f"{name} in {self.dtype}", self.checkpoint.where)
+
+    def model(self) -> CausalWanDiT:
+        """All of them, in a model."""
+        model = empty(self.spec)
+        model.load_state_dict({name: aligned(self.read(name)) for name in self.checkpoint.state}, assign=True)
+        return _ready(model)
+
+
+def open_weights(
+    path: str | Path,
+    *,
+    spec: ModelSpec | None = None,
+    dtype: torch.dtype | None = None,
+    lora: str | Path | None = None,
+    lora_alpha: float | None = None,
+    say: Say = quiet,
+) -> Weights:
+    """A checkpoint and its adapter, checked by names and shapes; tensors stay in their files until they are read."""
+    checkpoint = open_checkpoint(Path(path))
+    if spec is None:
+        spec, line = recognise(checkpoint.shapes, checkpoint.layout, checkpoint.where)
+        say(line)
+    expected = shapes_of(spec)
+    check_names(checkpoint.state, expected, checkpoint.where, spec.name)
+    check_shapes(checkpoint.shapes, expected, checkpoint.where, spec.name)
+    stored = _stored_dtype(checkpoint)
+    adapter = None if lora is None else read_lora(lora, alpha=lora_alpha)
+    if adapter is not None:
+        adapter.check(expected, spec.name)
+        say(adapter.summary)
+    source = checkpoint.source(Path(path).absolute().name)
+    if lora is not None and adapter is not None:
+        source = with_lora(source, Path(lora), adapter)
+    return Weights(spec, dtype or stored, source, checkpoint, adapter)
+
+
+def with_lora(source: Source, file: Path, adapter: Lora) -> Source:
+    """The source with an adapter merged into it."""
+    digest = file_digest(file).sha256
+    return replace(
+        source,
+        name=f"{source.name} + {file.name}, alpha {adapter.alpha:g}",
+        sha256=combined([source.sha256, digest]) if source.sha256 else None,
+    )
+
+
+def empty(spec: ModelSpec) -> CausalWanDiT:
+    """The network without memory for its weights."""
+    with torch.device("meta"):
+        return CausalWanDiT(spec)
+
+
+def shapes_of(spec: ModelSpec) -> dict[str, Shape]:
+    """Name and shape of every tensor of a model."""
+    return {name: tuple(tensor.shape) for name, tensor in empty(spec).state_dict().items()}
 
 
 def initialise_(model: CausalWanDiT, seed: int = 0) -> CausalWanDiT:
@@ -71,112 +158,31 @@ def initialise_(model: CausalWanDiT, seed: int = 0) -> CausalWanDiT:
     return model
 
 
+def _demo(spec: ModelSpec | None, dtype: torch.dtype | None) -> tuple[CausalWanDiT, Source]:
+    if spec is not None and spec.name != "demo":
+        raise InputError(f"--model {spec.name} with the source demo: expected no --model, or demo")
+    weights = open_weights(DEMO_WEIGHTS, spec=SPECS["demo"], dtype=dtype)
+    return weights.model(), Source("demo", "demo", weights.source.sha256)
+
+
 def _random(spec: ModelSpec | None, dtype: torch.dtype, seed: int) -> tuple[CausalWanDiT, Source]:
     if spec is None:
         raise InputError(f"source random without --model: expected one of {', '.join(sorted(SPECS))}")
     # Never wider than it will be: in float32 first, the 14B geometry would take 57 GB.
-    model = _empty(spec).to(dtype).to_empty(device="cpu")
+    model = empty(spec).to(dtype).to_empty(device="cpu")
     return _ready(initialise_(model, seed)), Source("random", f"{spec.name}, seed {seed}")
 
 
-def _loaded(files: list[Path], spec: ModelSpec | None, dtype: torch.dtype | None) -> CausalWanDiT:
-    where = f"'{files[0] if len(files) == 1 else files[0].parent}'"
-    state: dict[str, Tensor] = {}
-    for file in files:
-        state.update(_unwrapped(_read(file), f"'{file}'"))
-    spec = spec or _recognised(state, where)
-    model = _empty(spec)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_names(state, expected, where, spec.name)
-    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, expected, where, spec.name)
-    for name, tensor in state.items():
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The narrowest dtype that holds all of its tensors, float32 at most: a mixed checkpoint loses nothing."""
+    for name, tensor in checkpoint.state.items():
         if tensor.dtype not in _FLOATS:
             raise InputError(
-                f"{where}: {name} is {tensor.dtype}: expected floating weights, not a quantised checkpoint"
+                f"{checkpoint.where}: {name} is {tensor.dtype}: expected floating weights, not a quantised checkpoint"
             )
-        check_finite(tensor, name, where)
-    # The narrowest dtype that holds all of them: a mixed checkpoint loses nothing.
-    stored = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
-    kind = dtype or (torch.float32 if stored == torch.float64 else stored)
-    model.load_state_dict({name: aligned(tensor.to(kind)) for name, tensor in state.items()}, assign=True)
-    return _ready(model)
-
-
-def _empty(spec: ModelSpec) -> CausalWanDiT:
-    with torch.device("meta"):
-        return CausalWanDiT(spec)
+    widest = reduce(torch.promote_types, {tensor.dtype for tensor in checkpoint.state.values()})
+    return torch.float32 if widest == torch.float64 else widest
 
 
 def _ready(model: CausalWanDiT) -> CausalWanDiT:
     return model.eval().requires_grad_(False)
-
-
-def _files(path: Path) -> list[Path]:
-    """The file, or every safetensors file of the folder."""
-    if not path.exists():
-        raise InputError(f"source '{path}' does not exist: expected demo, random, or a checkpoint file or folder")
-    if path.is_file():
-        return [path]
-    if (path / MANIFEST).exists():
-        raise InputError(f"source '{path}' is a bundle already: expected a floating checkpoint")
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise InputError(
-            f"source folder '{path}' has no .safetensors file: expected a checkpoint; name the file itself"
-        )
-    return files
-
-
-def _read(path: Path) -> Any:
-    """Tensors by name, or what a torch pickle of plain tensors holds; nothing that is read can run code."""
-    if path.suffix == ".safetensors":
-        with reading(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    if path.suffix not in _PICKLE_SUFFIXES:
-        raise InputError(f"source '{path}': expected .safetensors or {', '.join(_PICKLE_SUFFIXES)}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except UnpicklingError as error:
-        what = "holds objects that could run code" if "global" in str(error).lower() else "is not a whole torch file"
-        raise InputError(f"'{path}' {what}: expected plain tensors only; save its state dict as safetensors") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"'{path}' is not a whole torch file ({reason:.120}): copy it again") from None
-
-
-def _unwrapped(loaded: Any, where: str) -> dict[str, Tensor]:
-    """State dict under upstream's names, whatever it was wrapped in."""
-    state = loaded
-    for wrapper in _WRAPPERS:
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-            break
-    if not isinstance(state, Mapping):
-        raise InputError(f"{where} holds a {type(state).__name__}: expected a dictionary of tensors")
-    strays = sorted(str(name) for name, value in state.items() if not isinstance(value, Tensor))
-    if strays:
-        raise InputError(f"{where}: '{strays[0]}' is no tensor: expected a state dict, alone or under {_WRAPPERS}")
-    names = {name: _plain_name(str(name)) for name in state}
-    if len(set(names.values())) != len(names):
-        raise InputError(f"{where} holds a tensor twice under different wrappings: expected one network")
-    return {plain: state[name] for name, plain in names.items()}
-
-
-def _plain_name(name: str) -> str:
-    for infix in _INFIXES:
-        name = name.replace(infix, "")
-    return name.removeprefix("model.")
-
-
-def _recognised(state: Mapping[str, Tensor], where: str) -> ModelSpec:
-    """The one spec whose width and depth these are."""
-    blocks = [int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))]
-    patch = state.get("patch_embedding.weight")
-    if not blocks or patch is None:
-        raise InputError(f"{where} has no blocks or no patch_embedding.weight: expected a causal Wan checkpoint")
-    size = len(patch), max(blocks) + 1
-    fitting = [spec for spec in SPECS.values() if (spec.dim, spec.layers) == size]
-    if len(fitting) != 1:
-        names = ", ".join(spec.name for spec in fitting) or f"none of {', '.join(SPECS)}"
-        raise InputError(f"{where} has width {size[0]} and {size[1]} layers, which fits {names}: say which by --model")
-    return fitting[0]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,34 @@ def write_bundle(
 
     InputError: the target exists and is not a bundle, or is one and `overwrite` is off. RunError: the disk refused.
     """
-    folder = _target(Path(folder), overwrite)
+    return write_entries(
+        folder, stored_entries(model), spec=model.spec, dtype=model.dtype, scheme=scheme, report=lambda: report,
+        source=source, skip=skip, overwrite=overwrite, shard_bytes=shard_bytes,
+    )  # fmt: skip
+
+
+def write_entries(
+    folder: str | Path,
+    entries: Mapping[str, Entry],
+    *,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    scheme: Scheme,
+    report: Callable[[], Report],
+    source: Source,
+    skip: Sequence[str] = (),
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """`write_bundle` from tensors that are read when their turn comes; `report` is asked for after the last of them."""
+    folder = check_target(folder, overwrite)
     try:
         with _all_or_nothing(folder) as partial:
-            files = _write_shards(partial, stored_entries(model), shard_bytes)
-            files[CONFIG] = _write_json(partial / CONFIG, config(model.spec, report))
+            files = _write_shards(partial, entries, shard_bytes)
+            files[CONFIG] = _write_json(partial / CONFIG, config(spec, report()))
             manifest = Manifest(
-                spec=model.spec, dtype=str(model.dtype).removeprefix("torch."), scheme=scheme.name, keep=scheme.keep,
-                skip=tuple(skip), layers=_layers(report), source=source, versions=current_versions(), files=files,
+                spec=spec, dtype=str(dtype).removeprefix("torch."), scheme=scheme.name, keep=scheme.keep,
+                skip=tuple(skip), layers=_layers(report()), source=source, versions=current_versions(), files=files,
             )  # fmt: skip
             _write_json(partial / MANIFEST, manifest.to_dict())
     except OSError as error:
@@ -165,9 +185,12 @@ def _narrowed(bias: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow if torch.equal(narrow.to(bias.dtype), bias) else bias
 
 
-def _target(folder: Path, overwrite: bool) -> Path:
-    """Where the bundle goes, absolute, so that `.` and a trailing slash have a name and a sibling."""
-    folder = folder.absolute()
+def check_target(folder: str | Path, overwrite: bool) -> Path:
+    """Where the bundle goes, absolute, so that `.` and a trailing slash have a name and a sibling.
+
+    InputError when nothing can be written there.
+    """
+    folder = Path(folder).absolute()
     if not folder.parent.is_dir():
         raise InputError(f"bundle '{folder}': its folder does not exist, create '{folder.parent}' first")
     if folder.exists() and not (folder / MANIFEST).is_file():

@@ -88,8 +88,9 @@ class WindowCache:
 
     def _feed_sink(self, evicted: tuple[int, ...]) -> None:
         """Reward-Forcing: the sink frames absorb what the window drops, slot by slot, oldest first."""
-        sink = [self.slots.frames.index(frame) for frame in range(self.slots.sink)]
-        alpha = self._ema if len(evicted) == len(sink) else 0.0
+        sink = [self.slots.frames.index(frame) for frame in range(self.slots.sink) if frame in self.slots.frames]
+        # Upstream replaces the sink when the counts differ. A layer that was local kept frame 0 alone: there it fades.
+        alpha = 0.0 if len(sink) == self.slots.sink != len(evicted) else self._ema
         assert alpha is not None
         for slot, old in zip(sink, evicted, strict=False):
             for buffer in (self.k, self.v):
@@ -146,10 +147,11 @@ class LocalCache:
                 self.v[:, slot].copy_(v[:, index])
 
     def _slot_for(self, frame: int) -> int:
-        if len(self.frames) < self.k.shape[1]:
+        rolling = [f for f in self.frames if f >= self.sink]
+        if frame < self.sink or len(rolling) < self.recent:
             self.frames.append(frame)
             return len(self.frames) - 1
-        oldest = min(f for f in self.frames if f >= self.sink)
+        oldest = min(rolling)
         slot = self.frames.index(oldest)
         self.frames[slot] = frame
         return slot

@@ -84,8 +84,10 @@ def open_stream(
     spec, policy = model.spec, options.policy_value()
     if options.window is not None and not policy.own_window:
         raise InputError("--window was given: expected --policy window with it")
+    if policy.localises and len(text_rows) != 1:
+        raise InputError(f"{len(text_rows)} prompts with policy '{policy.name}': expected one, run a stream for each")
     if policy.own_window:
-        spec = replace(spec, window_frames=options.window or spec.window_frames)
+        spec = replace(spec, window_frames=spec.window_frames if options.window is None else options.window)
     recent = options.recent_frames if policy.localises else 0
     cache = KVCache(
         spec, batch=len(text_rows), dtype=model.dtype, device=model.device, recent=recent, local_sink=policy.sink,

@@ -188,7 +188,7 @@ def _progress(stream: Stream, tally: _Tally, wall: float) -> Progress:
 
 def _write(outputs: Outputs, tally: _Tally) -> None:
     if outputs.sheet and tally.pixels:
-        contact_sheet([(outputs.label, torch.cat(tally.pixels))], outputs.sheet, scale=outputs.scale)
+        contact_sheet([(outputs.label, torch.cat(tally.pixels))], outputs.sheet, scale=max(1, outputs.scale // 2))
     if outputs.latents and tally.latents:
         partial = partial_path(outputs.latents)
         save_file({"latents": torch.cat(tally.latents, 1)}, partial)

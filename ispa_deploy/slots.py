@@ -7,7 +7,7 @@ A window buffer holds W frames in slots; attention does not care about their ord
 
 Keeping frame 0, the recent frames and the current chunk side by side makes the local keys one contiguous range, the
 history another, and the filled window a third, so each is one attention call on a view. The current chunk alternates
-between r/c + 1 bays, so a chunk is copied at most once in its life: when its bay is needed again.
+between r/c + 1 bays, so in a full window a chunk is copied once in its life: when its bay is needed again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class WindowSlots:
     def __post_init__(self) -> None:
         if self.recent % self.chunk or self.recent < 0:
             raise InputError(f"recent frames {self.recent}: expected a multiple of the chunk ({self.chunk} frames)")
-        if self.capacity < 1 + self.recent + self.chunk:
+        if self.capacity < max(1, self.sink) + self.recent + self.chunk:
             raise InputError(
                 f"window of {self.capacity} frames cannot hold sink, {self.recent} recent and {self.chunk} current"
             )
@@ -82,6 +82,7 @@ class WindowSlots:
         evicted = tuple(self._oldest(overflow)) if overflow > 0 else ()
         for slot in evicted:
             self.frames[slot] = -1
+        bay = min(bay, self.filled)  # a table that took over few frames has no such bay yet: never leave a hole
         moves = tuple(self._vacate(range(bay, bay + count)))
         self._enter(bay, start, count)
         return Room(tuple(evicted), moves)
@@ -93,7 +94,7 @@ class WindowSlots:
 
     def local(self, start: int, sink: int) -> tuple[Range, ...]:
         """Slots of an L-layer's keys while frames from `start` on are current: frame 0 if `sink`, recent, current."""
-        near = [s for s, f in enumerate(self.frames) if f >= start - self.recent or (0 <= f < sink)]
+        near = [s for s, f in enumerate(self.frames) if f >= 0 and (f >= start - self.recent or f < sink)]
         return coalesce(near)
 
     def rest(self, ranges: tuple[Range, ...]) -> tuple[Range, ...]:

@@ -76,8 +76,15 @@ class Stream:
         self.chunks = plan_chunks(self.model.spec, self.frames)
         self._conditions: dict[float, Conditioning] = {}
         self._recalibrate = False
+        self._begun = False
+        self.switches = sorted(self.switches, key=lambda switch: switch[0])
+        given = 0 if self.initial is None else self.initial.shape[1]
+        if given not in {0, *(start + count for start, count in self.chunks)}:
+            raise InputError(f"{given} initial frames: expected whole chunks within the stream of {self.frames} frames")
 
     def __iter__(self) -> Iterator[Chunk]:
+        assert not self._begun, "a stream is iterated once: open another one"
+        self._begun = True
         with self.absorber.session():
             for index, (start, count) in enumerate(self.chunks):
                 self._follow_prompt(start)
@@ -85,7 +92,7 @@ class Stream:
                 self.absorber.before_chunk(start, count)
                 latents = self._latents(index, start, count)
                 if self.commit_last or index + 1 < len(self.chunks):
-                    self._commit(latents)
+                    self._commit(latents, start)
                 self.absorber.after_chunk(start + count)
                 yield Chunk(index, start, latents, self._decode(latents))
 
@@ -109,11 +116,12 @@ class Stream:
         return self.model(x, self._condition(timestep), self.text, self.cache)
 
     @torch.inference_mode()
-    def _commit(self, latents: Tensor) -> None:
-        """The clean pass: the chunk's keys and values as later chunks will see them."""
+    def _commit(self, latents: Tensor, start: int) -> None:
+        """The clean pass: the chunk's keys and values as later chunks will see them; given latents are clean."""
+        given = self.initial is not None and start < self.initial.shape[1]
         self.cache.committing = True
         try:
-            self._velocity(latents, self.model.spec.context_timestep)
+            self._velocity(latents, 0.0 if given else self.model.spec.context_timestep)
         finally:
             self.cache.committing = False
 

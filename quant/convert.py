@@ -76,7 +76,28 @@ def quantise_(model: nn.Module, scheme: Scheme, *, skip: Sequence[str] = ()) -> 
     pattern that is malformed or matches nothing, for a weight that is not finite, and when a scheme other than `none`
     converts no layer at all; the model is then as it was.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    reasons = plan(model, scheme, skip)
+    linears = _linears(model)
+    for name, reason in reasons.items():
+        if reason is None:
+            check_finite(linears[name].weight, f"{name}.weight")
+    rows = []
+    for name, reason in reasons.items():
+        linear = linears.pop(name)  # the last reference but the model's: its weight goes when it is replaced
+        layer, row = convert_linear(name, linear, scheme, reason)
+        rows.append(row)
+        if layer is not None:
+            _replace(model, {name: layer})
+            layer.prepare()
+    return Report(scheme.name, tuple(rows))
+
+
+def plan(model: nn.Module, scheme: Scheme, skip: Sequence[str] = ()) -> dict[str, str | None]:
+    """Every linear of the model, in its order, and why it stays in floating point; None where it is to be converted.
+
+    Needs no weights: a model on the meta device will do. Raises `InputError` as `quantise_` does for its patterns.
+    """
+    linears = _linears(model)
     _check_patterns(skip, linears)
     reasons = {name: _kept_because(name, linear, scheme, skip) for name, linear in linears.items()}
     if scheme.layer != "float" and all(reasons.values()):
@@ -84,18 +105,15 @@ def quantise_(model: nn.Module, scheme: Scheme, *, skip: Sequence[str] = ()) -> 
             f"scheme {scheme.name} on a model of {len(linears)} linears: all are kept in floating point, expected at "
             "least one to convert; remove a skip pattern or choose the scheme none"
         )
-    for name, reason in reasons.items():
-        if reason is None:
-            check_finite(linears[name].weight, f"{name}.weight")
-    rows = []
-    for name, reason in reasons.items():
-        linear = linears.pop(name)  # the last reference but the model's: its weight goes when it is replaced
-        layer = None if reason else LAYERS[scheme.layer].from_float(linear, f"{name}.weight")
-        rows.append(_row(name, linear, layer, reason))
-        if layer is not None:
-            _replace(model, {name: layer})
-            layer.prepare()
-    return Report(scheme.name, tuple(rows))
+    return reasons
+
+
+def convert_linear(
+    name: str, linear: nn.Linear, scheme: Scheme, reason: str | None
+) -> tuple[Int8Linear | None, Row]:
+    """One linear in `scheme`, not yet packed, or None where `plan` gave a `reason` to keep it; and its row."""
+    layer = None if reason else LAYERS[scheme.layer].from_float(linear, f"{name}.weight")
+    return layer, _row(name, linear, layer, reason)
 
 
 def empty_quantised_(model: nn.Module, scheme: Scheme, names: Iterable[str]) -> None:
@@ -121,6 +139,10 @@ def prepare_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Int8Linear) and module.weight is not None:
             module.prepare()
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def _check_patterns(skip: Sequence[str], names: Iterable[str]) -> None:

@@ -17,6 +17,8 @@ ZERO_POINT = 128
 SCALE_FLOOR = torch.finfo(torch.float32).tiny
 # The largest K whose sum of 255 * 128 products stays inside int32.
 MAX_FEATURES = (2**31 - 1) // (255 * 128)
+# Wide intermediates are made for this many elements at a time, so that they stay small beside a large weight.
+_BLOCK = 1 << 22
 
 
 def check_finite(weight: Tensor, name: str) -> Tensor:
@@ -33,9 +35,12 @@ def quantise_weight(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tenso
 
     Rounds half to even. Raises `InputError` naming `name` when a value is not finite.
     """
-    w = weight.detach().to(torch.float32)
-    scale = (check_finite(w, name) / CODE_MAX).clamp_min(SCALE_FLOOR)
-    return torch.round(w / scale).clamp_(-CODE_MAX, CODE_MAX).to(torch.int8), scale
+    weight = weight.detach()
+    scale = (check_finite(weight, name) / CODE_MAX).clamp_min(SCALE_FLOOR)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows in _blocks(weight):
+        codes[rows] = torch.round(weight[rows].to(torch.float32) / scale[rows]).clamp_(-CODE_MAX, CODE_MAX)
+    return codes, scale
 
 
 def row_scale(amax: Tensor) -> Tensor:
@@ -75,9 +80,19 @@ def int_matmul(codes: Tensor, weight: Tensor) -> Tensor:
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantisation noise in dB, summed in float64. inf where nothing was lost, 0 where all was."""
-    signal = reference.to(torch.float64)
-    noise = (signal - approximation.to(torch.float64)).square().sum()
-    power = signal.square().sum()
+    noise = power = torch.zeros((), dtype=torch.float64, device=reference.device)
+    for rows in _blocks(reference):
+        signal = reference[rows].to(torch.float64)
+        noise = noise + (signal - approximation[rows].to(torch.float64)).square().sum()
+        power = power + signal.square().sum()
     if noise == 0:
         return float("inf")
     return float(10 * torch.log10(power / noise)) if power > 0 else float("-inf")
+
+
+def _blocks(tensor: Tensor) -> list[slice]:
+    """Slices of rows of at most `_BLOCK` elements, or of one row."""
+    if tensor.ndim == 0:
+        return [slice(None)]
+    step = max(1, _BLOCK * len(tensor) // max(1, tensor.numel()))
+    return [slice(start, start + step) for start in range(0, len(tensor), step)]

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from export.lora import Lora, merge_lora_
 from ispa_deploy.absorb.absorber import Absorber
 from ispa_deploy.cache import KVCache
 from ispa_deploy.errors import InputError
@@ -139,6 +140,10 @@ class Fixture:
         model = CausalWanDiT(self.spec())
         weights = {name.removeprefix("weights/"): t for name, t in self.tensors.items() if name.startswith("weights/")}
         model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
+        lora = self.config.get("lora")
+        if lora:
+            adapter = {name.removeprefix("lora/"): t for name, t in self.tensors.items() if name.startswith("lora/")}
+            merge_lora_(model, Lora.of(adapter, self.name, lora["alpha"]))
         return model.eval()
 
     def schedule(self) -> Schedule:
@@ -181,8 +186,6 @@ def _refuse_unsupported(path: Path, fields: dict[str, Any]) -> None:
     upstream = config.get("upstream", "another family")
     if upstream not in UPSTREAMS:
         raise InputError(f"{path}: recorded from {upstream}: expected a run of {', '.join(UPSTREAMS)}")
-    if config.get("lora"):
-        raise InputError(f"{path}: a run with LoRA weights: expected merged weights; merge them first")
     if len({str(call["prompt"]) for call in fields["calls"]}) > 1:
         raise InputError(f"{path}: the prompt switches with upstream's re-caching: expected one prompt for the run")
 

@@ -400,7 +400,6 @@ def test_impossible_layers_are_refused(layers: tuple[int, ...]) -> None:
         tiny_stream(tiny_model(), layers=layers)
 
 
-@pytest.mark.xfail(strict=True, reason="core: layers without history count rows that carry nothing")
 def test_rows_without_history_do_not_dilute_a_recalibration() -> None:
     stream = tiny_stream(tiny_model(), frames=24)
     for chunk in stream:
@@ -412,7 +411,6 @@ def test_rows_without_history_do_not_dilute_a_recalibration() -> None:
     assert [layer for layer in range(SPEC.layers) if rows[layer] == 0] == local
 
 
-@pytest.mark.xfail(strict=True, reason="core: duplicates end in an assertion at the transition")
 def test_a_layer_is_chosen_once() -> None:
     with pytest.raises(InputError, match="layers"):
         tiny_stream(tiny_model(), layers=(1, 1))

@@ -88,7 +88,6 @@ def test_an_observer_changes_nothing_and_hears_what_an_l_layer_would_say(name: s
     assert not torch.allclose(*seen[0][1:], atol=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="core: slots.local counts empty slots as recent")
 @pytest.mark.parametrize("name", ["absolute", "window", "ema"])
 @pytest.mark.parametrize("recent", [3, 6])
 @torch.inference_mode()
@@ -136,7 +135,6 @@ def test_a_three_frame_sink_survives_being_local() -> None:
     _local_and_back("absolute-sink3")
 
 
-@pytest.mark.xfail(strict=True, reason="core: _feed_sink wants sink frames that a local layer dropped")
 @torch.inference_mode()
 def test_an_ema_sink_survives_being_local() -> None:
     _local_and_back("ema")

@@ -22,6 +22,7 @@ SHIPPED = sorted(path.stem for path in DATA.glob("*.safetensors"))
 FULL = (
     "longlive_tiny",
     "longlive_infinity_tiny",
+    "longlive_lora_tiny",
     "self_forcing_tiny",
     "self_forcing_global_tiny",
     "self_forcing_extend_tiny",
@@ -71,7 +72,7 @@ def test_json_names_every_fixture(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"upstream": "krea"}, "krea"), ({"lora": {"rank": 8}}, "LoRA"), (None, "no such file")]
+    ("changes", "said"), [({"upstream": "krea"}, "krea"), ({"lora": {"alpha": 8}}, "LoRA"), (None, "no such file")]
 )
 def test_a_run_of_another_kind_is_refused_in_one_line(
     changes: dict[str, object] | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -64,7 +64,6 @@ def test_window_holds_what_the_rule_says(capacity: int, sink: int, chunk: int, r
             assert len(buffer.slots.local(start, 1)) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="core: slots.local counts empty slots as recent")
 @pytest.mark.parametrize("recent", [3, 6])
 def test_empty_slots_are_never_local(recent: int) -> None:
     slots = WindowSlots(12, 1, 3, recent)
@@ -87,7 +86,6 @@ def test_a_table_that_takes_over_local_frames_goes_on_by_the_rule(kept: list[int
     _go_on(kept, recent, sink)
 
 
-@pytest.mark.xfail(strict=True, reason="core: begin leaves a hole behind a resumed table with few frames")
 @pytest.mark.parametrize("sink", [0, 1, 3])
 @pytest.mark.parametrize("kept", [[], [0], [0, 1, 2], [9, 10, 11]])
 def test_a_table_that_takes_over_few_local_frames_leaves_no_hole(kept: list[int], sink: int) -> None:

@@ -126,14 +126,12 @@ def test_given_latents_are_handed_out_and_remembered() -> None:
     assert not torch.allclose(found[:, 6:], other[:, 6:], atol=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="core: a partial chunk of initial latents is not refused")
 def test_given_latents_must_be_whole_chunks() -> None:
     given = torch.randn(1, 4, *SPEC.latent_shape)
     with pytest.raises(InputError, match="4"):
         latents_of(open_stream(tiny_model(), text_rows(), StreamOptions(frames=12, policy="full"), initial=given))
 
 
-@pytest.mark.xfail(strict=True, reason="core: initial latents are committed at context_timestep")
 def test_given_latents_are_committed_at_timestep_zero() -> None:
     """Whatever timestep generated chunks are committed at: upstream prefills clean latents as clean ones."""
     stream = open_stream(
@@ -145,7 +143,6 @@ def test_given_latents_are_committed_at_timestep_zero() -> None:
     assert set(stream._conditions) == {0.0}
 
 
-@pytest.mark.xfail(strict=True, reason="core: a second iteration runs on the filled cache")
 def test_a_stream_is_iterated_once() -> None:
     stream = tiny_stream(tiny_model(), policy="full", frames=6)
     latents_of(stream)
@@ -153,7 +150,6 @@ def test_a_stream_is_iterated_once() -> None:
         latents_of(stream)
 
 
-@pytest.mark.xfail(strict=True, reason="core: switches due at the same border are taken in list order")
 def test_switches_may_come_in_any_order() -> None:
     model = tiny_model()
     switches = [(8, text_rows(seed=7)), (7, text_rows(seed=8))]
@@ -168,13 +164,11 @@ def test_a_window_belongs_to_its_policy() -> None:
         tiny_stream(tiny_model(), policy="full", window=6)
 
 
-@pytest.mark.xfail(strict=True, reason="core: --window 0 is taken for no flag")
 def test_a_window_of_nothing_is_refused() -> None:
     with pytest.raises(InputError):
         tiny_stream(tiny_model(), policy="window", window=0)
 
 
-@pytest.mark.xfail(strict=True, reason="core: adopt corrects the model before the session")
 def test_opening_a_stream_leaves_the_model_alone() -> None:
     """Stored corrections are the stream's, from its first chunk on: a stream that is never run must not leave them."""
     model = tiny_model()

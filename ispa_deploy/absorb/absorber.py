@@ -81,24 +81,31 @@ class Absorber:
         self._late: list[Statistics] = []
         self._active: list[Statistics] | None = None
         self._since = 0
-        self._stride = 1
+        self._stride, self._phase = 1, 0
+        self._open = False
         if not self.policy.localises:
             return
         self.settings.check(spec.chunk_frames, spec.first_chunk_frames or spec.chunk_frames)
         bad = [layer for layer in self.choice.layers or () if not 0 <= layer < len(self.targets)]
         if bad:
             raise InputError(f"layers {bad}: this model has layers 0 to {len(self.targets) - 1}")
+        if self.choice.layers is not None and len(set(self.choice.layers)) < len(self.choice.layers):
+            raise InputError(f"layers {self.choice.layers}: expected each layer once")
 
     # -- driven by the stream
 
     @contextmanager
     def session(self) -> Iterator[Absorber]:
         """A stream's life: on the way out, whatever happened, every layer carries its original weight again."""
+        self._open = True
         try:
+            for layer, delta in self.deltas.items():
+                self.targets[layer].set_delta(delta, self.mode)
             if self.policy.localises and self.state == "full":
                 self._start_warmup(0)
             yield self
         finally:
+            self._open = False
             self.cache.observer = None
             for target in self.targets:
                 target.set_delta(None)
@@ -135,7 +142,7 @@ class Absorber:
         self._start_warmup(frame)
 
     def adopt(self, deltas: dict[int, Delta]) -> None:
-        """Start absorbed: apply stored corrections to their layers before the first chunk, without a warm-up."""
+        """Start absorbed, without a warm-up: stored corrections hold from the session's first chunk on."""
         self.state = "absorbed"
         for layer, delta in deltas.items():
             self._localise(layer, delta)
@@ -166,14 +173,16 @@ class Absorber:
         return max(1, rows // (self.settings.rows_per_width * width))
 
     def _observe(self, layer: int, local: Tensor, full: Tensor) -> None:
+        if full is local and not self.settings.all_rows:  # this layer has no history yet, or again
+            return
         with region("overhead.statistics"):
             assert self._active is not None
-            if local.shape[0] != 1:
-                raise InputError(
-                    f"absorption is per video: expected a batch of 1, got {local.shape[0]}; run one stream each"
-                )
-            a = local[0, :: self._stride].flatten(1)
-            gap = full[0, :: self._stride].flatten(1).float() - a.float()
+            assert local.shape[0] == 1, "absorption is per video: open_stream lets no batch through to it"
+            if layer == 0:
+                self._phase += 1  # another offset each pass: a fixed one could meet the same image columns every time
+            rows = slice(self._phase % self._stride, None, self._stride)
+            a = local[0, rows].flatten(1)
+            gap = full[0, rows].flatten(1).float() - a.float()
             self._active[layer].update(a, gap, weight=self._stride)
 
     def _transition(self) -> None:
@@ -225,7 +234,8 @@ class Absorber:
         self.records[layer].local = True
         if delta is not None:
             self.deltas[layer] = delta
-            self.targets[layer].set_delta(delta, self.mode)
+            if self._open:
+                self.targets[layer].set_delta(delta, self.mode)
 
     # -- observed by reports
 
@@ -250,7 +260,8 @@ class Absorber:
         return [layer for layer, record in enumerate(self.records) if record.local]
 
     def statistics_bytes(self) -> int:
-        return sum(stats.nbytes() for stats in (*self._early, *self._late))
+        """Bytes of both accumulators and of the reference weights they share."""
+        return sum(s.nbytes() for s in (*self._early, *self._late)) + sum(s.weight.nbytes for s in self._early)
 
     def delta_bytes(self) -> int:
         return sum(target.delta_nbytes() for target in self.targets)

@@ -46,7 +46,7 @@ def compare(
     lanes = []
     for configuration in configurations:
         say(f"preparing {configuration.name}")
-        lanes.append(open_lane(configuration, 2 * chunks * rounds + 1))
+        lanes.append(open_lane(configuration, 2 * chunks * rounds + 1, CLOCKS[clock]))
     for number in range(rounds):
         for offset in range(len(lanes)):
             lane = lanes[(number + offset) % len(lanes)]

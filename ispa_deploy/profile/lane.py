@@ -13,7 +13,7 @@ from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions
 from ispa_deploy.profile.breakdown import Breakdown, typical
 from ispa_deploy.profile.environment import peak_rss
-from ispa_deploy.profile.recorder import Clock, measure, stopwatch
+from ispa_deploy.profile.recorder import ChunkRecorder, Clock, measure, recorder_for, stopwatch
 from ispa_deploy.profile.steady import SteadyStream
 
 Audit = Callable[[nn.Module], list[dict[str, Any]]]
@@ -40,6 +40,7 @@ class Lane:
 
     configuration: Configuration
     steady: SteadyStream
+    recorder: ChunkRecorder
     plain: list[float] = field(default_factory=list)
     recorded: list[Breakdown] = field(default_factory=list)
     decoding: list[float] = field(default_factory=list)
@@ -51,10 +52,10 @@ class Lane:
         return typical(self.recorded)
 
 
-def open_lane(configuration: Configuration, chunks: int) -> Lane:
+def open_lane(configuration: Configuration, chunks: int, clock: Clock) -> Lane:
     """A lane whose first chunk, with everything that is done once, is behind it."""
     steady = SteadyStream.open(configuration.model, configuration.options, chunks)
-    lane = Lane(configuration, steady)
+    lane = Lane(configuration, steady, recorder_for(configuration.model.device, clock))
     with steady.turn():
         steady.step()
     return lane
@@ -71,11 +72,11 @@ def take_turn(
         before = torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else 0
         for number in range(chunks):
             if recorded_first == (number % 2 == 0):
-                lane.recorded.append(measure(steady.step, model, model.device, clock))
+                lane.recorded.append(measure(steady.step, model, model.device, clock, lane.recorder))
                 lane.plain.append(stopwatch(steady.step, model.device, clock))
             else:
                 lane.plain.append(stopwatch(steady.step, model.device, clock))
-                lane.recorded.append(measure(steady.step, model, model.device, clock))
+                lane.recorded.append(measure(steady.step, model, model.device, clock, lane.recorder))
         lane.peak = max(lane.peak, _transient(model.device, before))
         lane.facts = _facts(lane)
     if decoder is not None:

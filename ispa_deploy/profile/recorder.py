@@ -167,10 +167,17 @@ def stopwatch(work: Callable[[], object], device: torch.device, clock: Clock = p
 
 
 def measure(
-    work: Callable[[], object], model: nn.Module, device: torch.device, clock: Clock = perf_counter_ns
+    work: Callable[[], object],
+    model: nn.Module,
+    device: torch.device,
+    clock: Clock = perf_counter_ns,
+    recorder: ChunkRecorder | None = None,
 ) -> Breakdown:
-    """Run `work`, one chunk, and say where its time went; calls of `model` in it are passes."""
-    recorder, spent = recorder_for(device, clock), [0.0]
+    """Run `work`, one chunk, and say where its time went; calls of `model` in it are passes.
+
+    `recorder`: one of the same device and clock to use again, for its events are made once.
+    """
+    recorder, spent = recorder or recorder_for(device, clock), [0.0]
 
     def recorded() -> None:
         nonlocal spent

@@ -38,7 +38,8 @@ def grid(report: Report) -> list[list[str]]:
     def line(label: str, cells: Iterable[str]) -> None:
         lines.append([label, *cells])
 
-    line("chunk, median", (f"{run['chunk_ms']['median']:.1f} ±{run['chunk_ms']['spread'] / 2:.1f}" for run in runs))
+    line("chunk, median", [f"{run['chunk_ms']['median']:.1f}" for run in runs])
+    line("  quartiles", [f"±{run['chunk_ms']['spread'] / 2:.1f}" for run in runs])
     for family in FAMILIES:
         line(family, [_share(run["families"][family], run) for run in runs])
         for row in (row for row in ROWS if row.startswith(f"{family}.")):
@@ -112,10 +113,10 @@ def terminal(report: Report) -> RenderableType:
 def markdown(report: Report) -> str:
     """The same as a Markdown section."""
     parts = [f"**{title(report)}**", _pipes(grid(report)), _pipes(paper_grid(report))]
-    parts += [f"- {sentence}" for sentence in sentences(report)]
+    parts.append("\n".join(f"- {sentence}" for sentence in sentences(report)))
     if report["command"]:
         parts.append(f"`{report['command']}`")
-    return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _pipes(lines: Sequence[Sequence[str]]) -> str:
@@ -129,7 +130,7 @@ def _indented(cell: str) -> str:
 
 
 def _share(ms: float, run: Run) -> str:
-    return f"{ms:.1f} ({100 * ms / run['wall_ms']:.0f} %)"
+    return f"{ms:.1f} {100 * ms / run['wall_ms']:3.0f}%"
 
 
 def _mib(count: int) -> str:

@@ -1,0 +1,139 @@
+"""From a source to a bundle; a checkpoint is converted tensor by tensor and is never in memory as a whole.
+
+A tensor is read from its mapped file, merged with its adapter, converted, and written. What is held at a time is the
+8-bit codes of one output shard and the intermediates of one tensor. The bundle is the one that converting the whole
+model would give, byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from export.sources import NAMED, Say, Weights, empty, load_source, open_weights, quiet
+from export.tensors import Entry
+from export.write import SHARD_BYTES, check_target, write_bundle, write_entries
+from ispa_deploy.specs import ModelSpec, spec_for
+from quant.convert import Report, Row, convert_linear, plan, quantise_
+from quant.schemes import Scheme
+
+
+def quantise_source(
+    source: str | Path,
+    out: str | Path,
+    *,
+    scheme: Scheme,
+    model: str | ModelSpec | None = None,
+    skip: Sequence[str] = (),
+    lora: str | Path | None = None,
+    lora_alpha: float | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    say: Say = quiet,
+) -> tuple[Path, Report]:
+    """Write the bundle of `demo`, `random` or a checkpoint; the folder and what was done to each linear.
+
+    Arguments as in `load_source`, `quantise_` and `write_bundle`, and so are the errors.
+    """
+    check_target(out, overwrite)  # before minutes of work
+    spec = spec_for(model) if isinstance(model, str) else model
+    if str(source) not in NAMED:
+        return convert_checkpoint(
+            source, out, spec=spec, scheme=scheme, skip=skip, lora=lora, lora_alpha=lora_alpha, dtype=dtype,
+            overwrite=overwrite, say=say,
+        )  # fmt: skip
+    network, origin = load_source(
+        source, model=spec, dtype=dtype, seed=seed, lora=lora, lora_alpha=lora_alpha, say=say
+    )
+    report = quantise_(network, scheme, skip=skip)
+    return write_bundle(
+        out, network, scheme=scheme, report=report, source=origin, skip=skip, overwrite=overwrite
+    ), report
+
+
+def convert_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    *,
+    scheme: Scheme,
+    spec: ModelSpec | None = None,
+    skip: Sequence[str] = (),
+    lora: str | Path | None = None,
+    lora_alpha: float | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    say: Say = quiet,
+) -> tuple[Path, Report]:
+    """A checkpoint's bundle, without ever holding the model: `shard_bytes` and a few times its largest tensor.
+
+    Raises InputError for what does not fit, RunError when the disk refuses; nothing is left of the bundle then.
+    """
+    weights = open_weights(source, spec=spec, dtype=dtype, lora=lora, lora_alpha=lora_alpha, say=say)
+    conversion = _Conversion(weights, scheme, plan(empty(weights.spec), scheme, skip))
+    folder = write_entries(
+        out, conversion.entries(), spec=weights.spec, dtype=weights.dtype, scheme=scheme, report=conversion.report,
+        source=weights.source, skip=skip, overwrite=overwrite, shard_bytes=shard_bytes,
+    )  # fmt: skip
+    return folder, conversion.report()
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """A checkpoint on its way into a bundle. `reasons`: `quant.convert.plan`; `rows` fills while entries are read."""
+
+    weights: Weights
+    scheme: Scheme
+    reasons: dict[str, str | None]
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    def report(self) -> Report:
+        """What was done, in the model's order; whole once every entry was read."""
+        return Report(self.scheme.name, tuple(self.rows[name] for name in self.reasons))
+
+    def entries(self) -> dict[str, Entry]:
+        """Every tensor of the bundle, as `export.write.stored_entries` would give them."""
+        network = empty(self.weights.spec).to(self.weights.dtype)
+        entries: dict[str, Entry] = {
+            name: Entry(tensor.dtype, tuple(tensor.shape), self._reader(name))
+            for name, tensor in network.state_dict().items()
+        }
+        for name, reason in self.reasons.items():
+            linear = network.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            if reason is None:
+                entries.update(self._layer_entries(name, linear))
+            else:
+                _, self.rows[name] = convert_linear(name, linear, self.scheme, reason)
+        return entries
+
+    def _reader(self, name: str) -> Callable[[], Tensor]:
+        return lambda: self.weights.read(name)
+
+    def _layer_entries(self, name: str, linear: nn.Linear) -> dict[str, Entry]:
+        """Codes and scales; whichever is read first converts the layer, and what was read is let go."""
+        held: dict[str, Tensor] = {}
+
+        def part(which: str) -> Tensor:
+            if not held:
+                held.update(self._converted(name, linear))
+            return held.pop(which)
+
+        return {
+            f"{name}.weight": Entry(torch.int8, tuple(linear.weight.shape), lambda: part("weight")),
+            f"{name}.weight_scale": Entry(torch.float32, (linear.out_features, 1), lambda: part("weight_scale")),
+        }
+
+    def _converted(self, name: str, linear: nn.Linear) -> dict[str, Tensor]:
+        full = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        full.weight = nn.Parameter(self.weights.read(f"{name}.weight"), requires_grad=False)
+        if linear.bias is not None:
+            full.bias = nn.Parameter(self.weights.read(f"{name}.bias"), requires_grad=False)
+        layer, self.rows[name] = convert_linear(name, full, self.scheme, None)
+        assert layer is not None
+        return {"weight": layer.codes(), "weight_scale": layer.weight_scale}
