@@ -78,9 +78,9 @@ def models(json_only: JsonOpt = False) -> None:
 
 @app.command()
 def quantize(
-    source: Annotated[str, typer.Argument(help="`demo`, `random`, or a checkpoint file (.safetensors, .pt).")],
+    source: Annotated[str, typer.Argument(help="`demo`, `random`, or a checkpoint: .safetensors, .pt, a folder.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's folder.")],
-    model: Annotated[str | None, typer.Option(help="Model of the table; needed for `random` and checkpoints.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model of the table; default: as the checkpoint looks.")] = None,
     scheme: Annotated[str, typer.Option(help="w8a8 (best here), w8a8-int8 or none.")] = "w8a8",
     skip: Annotated[
         list[str] | None, typer.Option(help="Regex of linears to keep in floating point; repeatable.")

@@ -26,7 +26,9 @@ from ispa_deploy.errors import InputError
 
 Shape = tuple[int, ...]
 
-CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
+CODES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8",
+}  # fmt: skip
 ALIGNMENT = 64
 FLOATS = ("F32", "BF16", "F16")
 # First bytes of what `torch.save` writes: a zip archive, or a bare pickle.

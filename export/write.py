@@ -76,7 +76,7 @@ def write_entries(
     """`write_bundle` from tensors that are read when their turn comes; `report` is asked for after the last of them."""
     folder = check_target(folder, overwrite)
     try:
-        with _all_or_nothing(folder) as partial:
+        with all_or_nothing(folder) as partial:
             files = _write_shards(partial, entries, shard_bytes)
             files[CONFIG] = _write_json(partial / CONFIG, config(spec, report()))
             manifest = Manifest(
@@ -118,11 +118,12 @@ def config(spec: ModelSpec, report: Report) -> dict[str, Any]:
     extra = {"patch_size": list(spec.patch), "text_dim": spec.text_dim}
     fields.update({name: value for name, value in extra.items() if value != _WAN_DEFAULTS[name]})
     if report.quantised:
-        fields["quantization_config"] = _compressed_tensors([row.name for row in report.rows if not row.quantised])
+        fields["quantization_config"] = compressed_tensors([row.name for row in report.rows if not row.quantised])
     return fields
 
 
-def _compressed_tensors(kept: list[str]) -> dict[str, Any]:
+def compressed_tensors(kept: list[str]) -> dict[str, Any]:
+    """`quantization_config` as compressed-tensors reads it; `kept`: the linears that stayed in floating point."""
     return {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
@@ -201,7 +202,7 @@ def check_target(folder: str | Path, overwrite: bool) -> Path:
 
 
 @contextmanager
-def _all_or_nothing(folder: Path) -> Iterator[Path]:
+def all_or_nothing(folder: Path) -> Iterator[Path]:
     """A hidden sibling that becomes `folder` if the body succeeds and vanishes if it does not."""
     partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed

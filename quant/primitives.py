@@ -18,7 +18,7 @@ SCALE_FLOOR = torch.finfo(torch.float32).tiny
 # The largest K whose sum of 255 * 128 products stays inside int32.
 MAX_FEATURES = (2**31 - 1) // (255 * 128)
 # Wide intermediates are made for this many elements at a time, so that they stay small beside a large weight.
-_BLOCK = 1 << 22
+_BLOCK = 1 << 18
 
 
 def check_finite(weight: Tensor, name: str) -> Tensor:
