@@ -219,6 +219,31 @@ def inspect(path: Annotated[Path, typer.Argument(help="A bundle, a delta file or
 
 
 @app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A bundle; with --from, a file in a dialect.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="File (.safetensors) or folder to write.")],
+    to: Annotated[
+        str | None, typer.Option(help="bitsandbytes, torchao, comfyui, diffusers (a folder) or lightx2v.")
+    ] = None,
+    origin: Annotated[str | None, typer.Option("--from", help="Make a bundle from this dialect, or auto.")] = None,
+    model: Annotated[str | None, typer.Option(help="With --from: the model of a file made elsewhere.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
+    json_only: JsonOpt = False,
+) -> None:
+    """Write a bundle in another reader's dialect, or a bundle from one."""
+    from export.dialects import export_bundle, import_dialect
+
+    if to is not None and origin is None and model is None:
+        written = export_bundle(source, to, out, overwrite=overwrite)
+    elif origin is not None and to is None:
+        written = import_dialect(source, origin, out, model=model, overwrite=overwrite)
+    else:
+        raise InputError("export needs one of --to DIALECT and --from DIALECT; --model goes with --from only")
+    document = {"source": str(source), "dialect": to or origin, "path": str(written)}
+    _emit(document, json_only, None, lambda: typer.echo(f"written: {written}"))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for everything the demo makes.")] = Path("demo-out"),
     prompt: Annotated[str, typer.Option(help="What to show.")] = "a fast red ring over teal waves",

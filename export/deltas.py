@@ -118,7 +118,7 @@ def load_deltas(path: str | Path, *, base_sha256: str, spec: ModelSpec) -> Store
     path = Path(path)
     where = f"'{path}'"
     with reading(path) as file:
-        header = _header(file.metadata(), str(path))
+        header = read_header(file.metadata(), str(path))
         if header["base_sha256"] != base_sha256:
             raise InputError(
                 f"{where} was fitted on base {header['base_sha256'][:12]}, this bundle is {base_sha256[:12]}: deltas "
@@ -145,7 +145,8 @@ def _plain(record: LayerRecord) -> dict[str, Any]:
     return {key: finite(value) if isinstance(value, float) else value for key, value in record.to_dict().items()}
 
 
-def _header(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any]:
+def read_header(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any]:
+    """The fields of a delta file's header, from its text entries; InputError naming what is wrong with them."""
     text = (metadata or {}).get(HEADER_KEY)
     if text is None:
         raise InputError(f"'{where}' holds no deltas: expected a file written by --save-deltas")

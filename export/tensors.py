@@ -31,6 +31,7 @@ CODES = {
 }  # fmt: skip
 ALIGNMENT = 64
 FLOATS = ("F32", "BF16", "F16")
+_PART = 1 << 18
 # First bytes of what `torch.save` writes: a zip archive, or a bare pickle.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -124,8 +125,8 @@ def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], wher
 
 def check_finite(tensor: Tensor, name: str, where: str) -> Tensor:
     """The tensor, unless it holds NaN or Inf."""
-    # A sum of magnitudes would be faster and could overflow; this allocates one byte per number, a tensor at a time.
-    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    # A sum of magnitudes would be faster and could overflow; in parts, so that little is held beside the tensor.
+    bad = sum(part.numel() - int(torch.isfinite(part).sum()) for part in tensor.detach().reshape(-1).split(_PART))
     if bad:
         raise InputError(f"{where}: {name} holds {bad} NaN or Inf: expected finite numbers; the file is damaged")
     return tensor

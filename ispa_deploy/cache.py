@@ -15,7 +15,8 @@ they are stored as they come and rotated on every read at their slot in the wind
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -39,6 +40,7 @@ class Frames(Protocol):
     start: int
     count: int
     committing: bool
+    recaching: bool
     observer: Observer | None
     local_sink: int
     backend: str
@@ -75,6 +77,7 @@ class WindowCache:
 
     def __init__(self, layout: Layout, slots: WindowSlots, ema: float | None):
         self.slots, self._ema, self._tokens = slots, ema, layout.tokens
+        self._again: tuple[tuple[int, int], ...] = ()
         self.k, self.v = layout.buffer(slots.capacity), layout.buffer(slots.capacity)
 
     def begin(self, start: int, count: int) -> None:
@@ -85,6 +88,19 @@ class WindowCache:
         for source, target in room.moves:
             for buffer in (self.k, self.v):
                 buffer[:, target].copy_(buffer[:, source])
+
+    def begin_again(self, start: int, count: int) -> None:
+        """The next pass computes frames anew that lie before the current chunk."""
+        self._again = self.slots.readmit(start, count)
+
+    def _write(self, k: Tensor, v: Tensor, recaching: bool) -> None:
+        """Keys as stored and values, (B, F, T, H, D): the current chunk in its slots, or older frames in theirs."""
+        if recaching:
+            for offset, slot in self._again:
+                self.k[:, slot], self.v[:, slot] = k[:, offset], v[:, offset]
+            return
+        first, last = self.slots.current
+        self.k[:, first:last], self.v[:, first:last] = k, v
 
     def _feed_sink(self, evicted: tuple[int, ...]) -> None:
         """Reward-Forcing: the sink frames absorb what the window drops, slot by slot, oldest first."""
@@ -99,9 +115,8 @@ class WindowCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, frames: Frames) -> Tensor:
         with region("attention.cache"):
-            first, last = self.slots.current
-            self.k[:, first:last] = frames.stored(k).unflatten(1, (-1, self._tokens))
-            self.v[:, first:last] = v.unflatten(1, (-1, self._tokens))
+            stored, values = (x.unflatten(1, (-1, self._tokens)) for x in (frames.stored(k), v))
+            self._write(stored, values, frames.recaching)
         held = self.slots.filled
         keys = frames.seen(self.k[:, :held], self.slots.frames[:held])
         if frames.observer is None:
@@ -201,7 +216,7 @@ class KVCache:
         rows, columns = grid or spec.grid
         self.spec, self.recent, self.local_sink, self.backend = spec, recent, local_sink, backend
         self.observer: Observer | None = None
-        self.committing = False
+        self.committing = self.recaching = False
         self.start, self.count = 0, 0
         self.device, self.frame_tokens = torch.device(device), rows * columns
         self._layout = Layout(batch, rows * columns, spec.heads, spec.head_dim, dtype, self.device)
@@ -230,6 +245,23 @@ class KVCache:
         with region("attention.cache"):
             for layer in self._layers:
                 layer.begin(start, count)
+        self._turn_to(start, count)
+
+    @contextmanager
+    def again(self, start: int, count: int) -> Iterator[None]:
+        """For one pass: compute frames [start, start + count) anew, the newest of the past, in F-layers only."""
+        for layer in self._layers:
+            assert isinstance(layer, WindowCache), "make every layer an F-layer before computing its past anew"
+            layer.begin_again(start, count)
+        self._turn_to(start, count)
+        self.recaching = True
+        try:
+            yield
+        finally:
+            self.recaching = False
+
+    def _turn_to(self, start: int, count: int) -> None:
+        """Queries are those of frames [start, start + count): fix their rotations."""
         self.start, self.count = start, count
         with region("overhead.rope"):
             self._turns.clear()

@@ -87,6 +87,19 @@ class WindowSlots:
         self._enter(bay, start, count)
         return Room(tuple(evicted), moves)
 
+    def readmit(self, start: int, count: int) -> tuple[tuple[int, int], ...]:
+        """Where frames [start, start + count) go when they are computed again: (offset from `start`, slot) each.
+
+        Frames held keep their slots, and a sink is not touched unless the stream's first frame is among them, as
+        upstream. Frames not held enter free slots, the newest as long as there are any.
+        """
+        missing = [frame for frame in range(start, start + count) if frame not in self.frames]
+        free = [slot for slot, frame in enumerate(self.frames) if frame < 0]
+        for slot, frame in zip(free, missing[max(0, len(missing) - len(free)) :], strict=False):
+            self.frames[slot] = frame
+        again = [slot for slot in self.temporal() if self.frames[slot] >= (start if start == 0 else self.sink)]
+        return tuple((self.frames[s] - start, s) for s in again if start <= self.frames[s] < start + count)
+
     def resume(self, frames: list[int]) -> None:
         """Take over an L-layer's frames (ascending), which lie in the first slots; the next chunk goes behind them."""
         self.frames[: len(frames)] = frames

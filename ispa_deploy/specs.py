@@ -22,6 +22,7 @@ class ModelSpec:
     at their slot in the window on every read (LongLive "infinity", Reward-Forcing), so a stream has no length limit.
     `ema_sink`: the sink takes in evicted frames, sink = a * sink + (1 - a) * evicted (Reward-Forcing); None: frozen.
     `rolls`: whether the window evicts; without it a stream ends when the window is full (Self-Forcing).
+    `recaches`: a prompt switch computes the window's keys and values anew under the new prompt (LongLive).
     `temporal_stride`: pixel frames for each latent frame after the first, which is one.
     `first_steps`: Euler steps of the first chunk for a model that was not distilled to few steps; None: as any chunk.
     """
@@ -47,6 +48,7 @@ class ModelSpec:
     sink_frames: int = 3
     ema_sink: float | None = None
     rolls: bool = True
+    recaches: bool = False
     max_frames: int = 1024
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     first_steps: int | None = None
@@ -120,7 +122,7 @@ _LARGE = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40}
 
 _TABLE = (
     ModelSpec(
-        name="longlive-1.3b", **_SMALL,  # type: ignore[arg-type]
+        name="longlive-1.3b", **_SMALL, recaches=True,  # type: ignore[arg-type]
         source="Efficient-Large-Model/LongLive-1.3B: models/longlive_base.pt + models/lora.pt",
         licence="code Apache-2.0; weights: see the model card (reported cc-by-nc-sa-4.0)",
     ),

@@ -77,6 +77,7 @@ class Stream:
         self._conditions: dict[float, Conditioning] = {}
         self._recalibrate = False
         self._begun = False
+        self._past = torch.empty(0)
         self.switches = sorted(self.switches, key=lambda switch: switch[0])
         given = 0 if self.initial is None else self.initial.shape[1]
         if given not in {0, *(start + count for start, count in self.chunks)}:
@@ -91,6 +92,7 @@ class Stream:
                 self.cache.begin(start, count)
                 self.absorber.before_chunk(start, count)
                 latents = self._latents(index, start, count)
+                self._remember(latents)
                 if self.commit_last or index + 1 < len(self.chunks):
                     self._commit(latents, start)
                 self.absorber.after_chunk(start + count)
@@ -141,6 +143,21 @@ class Stream:
         if self._recalibrate:
             self._recalibrate = False
             self.absorber.recalibrate(start)
+            self._recache(start)
+
+    def _remember(self, latents: Tensor) -> None:
+        """Keep the window's clean latents, for a model whose past is computed anew when the prompt changes."""
+        if self.model.spec.recaches:
+            past = torch.cat([self._past, latents], 1) if self._past.numel() else latents
+            self._past = past[:, -self.cache.spec.window_frames :]
+
+    @torch.inference_mode()
+    def _recache(self, start: int) -> None:
+        """One pass over the window's clean latents under the new prompt, so that the past agrees with it."""
+        if not self._past.numel():
+            return
+        with self.cache.again(start - self._past.shape[1], self._past.shape[1]):
+            self._velocity(self._past, self.model.spec.context_timestep)
 
     @torch.inference_mode()
     def _decode(self, latents: Tensor) -> Tensor | None:

@@ -23,7 +23,8 @@ _BLOCK = 1 << 18
 
 def check_finite(weight: Tensor, name: str) -> Tensor:
     """(N, K), K > 0 -> float32 largest magnitude per row (N, 1). Raises `InputError` naming a non-finite weight."""
-    amax = weight.detach().abs().amax(dim=1, keepdim=True).to(torch.float32)
+    weight = weight.detach()
+    amax = torch.cat([weight[rows].abs().amax(dim=1, keepdim=True) for rows in _blocks(weight)]).to(torch.float32)
     bad = int((~torch.isfinite(amax)).sum())
     if bad:
         raise InputError(f"{name}: {bad} of {len(amax)} rows hold NaN or Inf, expected finite weights; check the file")
@@ -62,8 +63,10 @@ def quantise_rows(x: Tensor, *, unsigned: bool = False) -> tuple[Tensor, Tensor]
 
 def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
     """Codes (R, K), int8 or uint8 with zero point 128, and scales (R, 1) -> float32 (R, K)."""
-    values = codes.to(torch.float32)
-    return (values - ZERO_POINT if codes.dtype == torch.uint8 else values) * scale
+    values = codes.to(torch.float32)  # always a copy
+    if codes.dtype == torch.uint8:
+        values -= ZERO_POINT
+    return values.mul_(scale)
 
 
 def rescale(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -95,4 +98,4 @@ def _blocks(tensor: Tensor) -> list[slice]:
     if tensor.ndim == 0:
         return [slice(None)]
     step = max(1, _BLOCK * len(tensor) // max(1, tensor.numel()))
-    return [slice(start, start + step) for start in range(0, len(tensor), step)]
+    return [slice(start, start + step) for start in range(0, max(1, len(tensor)), step)]

@@ -13,8 +13,9 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from ispa_deploy.specs import ModelSpec
 from ispa_deploy.stream import Stream
 
 TOLERANCE = 1e-5
+RECACHE = "recache"
 GLOBAL_FRAMES = 21  # the buffer of a model without a window
 UPSTREAMS = ("longlive", "self_forcing", "reward_forcing")
 
@@ -132,6 +134,7 @@ class Fixture:
             sink_frames=sink,
             ema_sink=alpha if reward and sink else None,
             rolls=window != -1,
+            recaches=config.get("variant") == "interactive",
             context_timestep=float(config.get("context_noise", 0)),
             shift=config["timestep_shift"],
         )
@@ -159,24 +162,28 @@ class Fixture:
             wanted = [float(step) for step in steps]
         return Schedule(tuple(wanted), tuple(float(sigmas[(times - t).abs().argmin()]) for t in wanted))
 
-    def text_rows(self) -> Tensor:
-        """(B, L, text_dim): one prompt for all samples, or one for each."""
+    def text_rows(self, prompt: str) -> Tensor:
+        """(B, L, text_dim) of a call's prompt: one for all samples, or one for each."""
         names = sorted((n for n in self.tensors if n.startswith("input/prompt")), key=lambda n: (len(n), n))
-        first = self.tensors[names[0]]
-        if first.dim() == 3:
-            return first.expand(self.batch, -1, -1)
-        if len(names) == self.batch:
+        own = self.tensors.get(f"input/{prompt}", self.tensors[names[0]])
+        if own.dim() == 2 and len(names) == self.batch > 1 and not self.switches():
             return torch.stack([self.tensors[name] for name in names])
-        return first.expand(self.batch, -1, -1)
+        return own.expand(self.batch, -1, -1)
+
+    def switches(self) -> list[tuple[int, str]]:
+        """(first frame, prompt) of every chunk whose prompt differs from the one before."""
+        chunks = [calls[0] for calls in self.blocks()]
+        pairs = pairwise(chunks)
+        return [(now["start_frame"], now["prompt"]) for before, now in pairs if now["prompt"] != before["prompt"]]
 
     def call_tensors(self, call: dict[str, Any]) -> dict[str, Tensor]:
         prefix = f"call{call['index']:03d}/"
         return {name[len(prefix) :]: t for name, t in self.tensors.items() if name.startswith(prefix)}
 
     def blocks(self) -> list[list[dict[str, Any]]]:
-        """Calls of each chunk, in order."""
+        """Calls of each chunk, in order; passes over the past at a prompt switch belong to none."""
         grouped: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for call in self.calls:
+        for call in (call for call in self.calls if call["kind"] != RECACHE):
             grouped[call["start_frame"]].append(call)
         return [grouped[start] for start in sorted(grouped)]
 
@@ -186,8 +193,8 @@ def _refuse_unsupported(path: Path, fields: dict[str, Any]) -> None:
     upstream = config.get("upstream", "another family")
     if upstream not in UPSTREAMS:
         raise InputError(f"{path}: recorded from {upstream}: expected a run of {', '.join(UPSTREAMS)}")
-    if len({str(call["prompt"]) for call in fields["calls"]}) > 1:
-        raise InputError(f"{path}: the prompt switches with upstream's re-caching: expected one prompt for the run")
+    if any(call["kind"] == RECACHE for call in fields["calls"]) and not config.get("global_sink", True):
+        raise InputError(f"{path}: a switch that renews the sink: expected global_sink true, as released")
 
 
 # -- comparisons
@@ -196,17 +203,20 @@ def _refuse_unsupported(path: Path, fields: dict[str, Any]) -> None:
 def replay_calls(fixture: Fixture, model: CausalWanDiT, worst: Worst) -> None:
     """Every call on its recorded inputs: velocity, x0, caches, recorded activations."""
     cache = KVCache(fixture.spec(), batch=fixture.batch)
-    text = model.encode_text(fixture.text_rows())
+    texts = {call["prompt"]: model.encode_text(fixture.text_rows(call["prompt"])) for call in fixture.calls}
     start = None
     for call in fixture.calls:
         tensors = fixture.call_tensors(call)
-        if call["start_frame"] != start:
+        again = call["kind"] == RECACHE
+        if call["start_frame"] != start and not again:
             start = call["start_frame"]
             cache.begin(start, call["num_frames"])
         if "noisy_input" not in tensors:
             raise InputError(f"{fixture.name}: call {call['index']} holds no input: use a fixture with every call's")
-        with _traced(model, tensors) as traces:
-            flow = model(tensors["noisy_input"], model.condition(tensors["timestep"].float()), text, cache)
+        past = cache.again(call["start_frame"], call["num_frames"]) if again else nullcontext()
+        with _traced(model, tensors) as traces, past:
+            condition = model.condition(tensors["timestep"].float())
+            flow = model(tensors["noisy_input"], condition, texts[call["prompt"]], cache)
         _compare_call(fixture, call, tensors, flow, worst)
         for name, ours in traces.items():
             worst.see("trace", ours.reshape(tensors[name].shape), tensors[name])
@@ -318,10 +328,11 @@ def open_recorded(fixture: Fixture, model: CausalWanDiT) -> Stream:
         model,
         cache,
         absorber,
-        model.encode_text(fixture.text_rows()),
+        model.encode_text(fixture.text_rows(fixture.calls[0]["prompt"])),
         frames=sum(calls[0]["num_frames"] for calls in blocks),
         noise=noise,
         sampler=Sampler(fixture.schedule()),
+        switches=[(frame, model.encode_text(fixture.text_rows(name))) for frame, name in fixture.switches()],
         initial=fixture.initial,
         commit_last=fixture.calls[-1]["kind"] == "clean",
     )

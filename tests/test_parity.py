@@ -126,6 +126,6 @@ def test_a_prompt_for_each_sample_is_taken_in_order(tmp_path: Path) -> None:
     tensors["input/noise"] = tensors["input/noise"].repeat(2, 1, 1, 1, 1)
     tensors["input/prompt1"] = tensors["input/prompt0"] + 1
     save_file(tensors, path)
-    rows = Fixture.load(path).text_rows()
+    rows = Fixture.load(path).text_rows("prompt0")
     assert torch.equal(rows[0], tensors["input/prompt0"])
     assert torch.equal(rows[1], tensors["input/prompt1"])

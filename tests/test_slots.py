@@ -122,3 +122,32 @@ def test_impossible_tables_are_refused(capacity: int, recent: int) -> None:
 def test_coalesce_joins_neighbours() -> None:
     assert coalesce([5, 1, 2, 7, 6]) == ((1, 3), (5, 8))
     assert coalesce([]) == ()
+
+
+def test_computing_the_past_anew_keeps_slots_and_spares_the_sink() -> None:
+    slots = WindowSlots(capacity=12, sink=3, chunk=3)
+    for start in range(0, 18, 3):
+        slots.begin(start, 3)
+    before = list(slots.frames)
+    pairs = slots.readmit(6, 12)  # frames 6 to 17; of them the window still holds 9 to 17
+    assert slots.frames == before
+    assert sorted(offset for offset, _ in pairs) == list(range(3, 12))
+    assert all(before[slot] == 6 + offset for offset, slot in pairs)
+
+
+def test_computing_a_short_past_anew_includes_the_sink() -> None:
+    slots = WindowSlots(capacity=12, sink=3, chunk=3)
+    for start in (0, 3):
+        slots.begin(start, 3)
+    assert sorted(offset for offset, _ in slots.readmit(0, 6)) == list(range(6))
+
+
+def test_a_layer_that_was_local_gets_its_window_back_when_the_past_is_computed_anew() -> None:
+    slots = WindowSlots(capacity=12, sink=3, chunk=3)
+    slots.resume([0])
+    pairs = slots.readmit(18, 12)
+    assert slots.filled == 12
+    assert sorted(slots.frames) == [0, *range(19, 30)]  # one slot is taken by frame 0: the newest eleven
+    assert sorted(offset for offset, _ in pairs) == list(range(1, 12))
+    slots.begin(30, 3)
+    assert slots.filled == 12

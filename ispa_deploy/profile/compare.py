@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ispa_deploy.errors import InputError, known_names
-from ispa_deploy.profile.lane import Configuration, open_lane, take_turn
+from ispa_deploy.profile.lane import Configuration, keep_log, open_lane, take_turn
 from ispa_deploy.profile.recorder import CLOCKS
 from ispa_deploy.profile.report import report_of
+from ispa_deploy.profile.trace import encode
 
 __all__ = ["Configuration", "compare"]
 
@@ -29,6 +30,7 @@ def compare(
     pixel_frames: int = 4,
     decoder: Callable[[Tensor], Tensor] | None = None,
     clock: str = "wall",
+    timeline: bool = False,
     command: str = "",
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -36,7 +38,8 @@ def compare(
 
     In each of `rounds` rounds every configuration generates `chunks` chunks plain and `chunks` recorded.
     `pixel_frames`: pixel frames per latent frame, for FPS; `decoder`: latents (B, F, C, H, W) -> pixels, timed apart.
-    `clock`: `wall`, or `cpu` for one thread on a shared machine.
+    `clock`: `wall`, or `cpu` for one thread on a shared machine. `timeline`: put the last recorded chunk of each
+    configuration into the report moment by moment, some 10 KB each.
     """
     _check_clock(clock, configurations)
     names = [configuration.name for configuration in configurations]
@@ -51,8 +54,14 @@ def compare(
         for offset in range(len(lanes)):
             lane = lanes[(number + offset) % len(lanes)]
             say(f"round {number + 1}/{rounds}: {lane.configuration.name}")
+            if timeline and number == rounds - 1:
+                keep_log(lane, CLOCKS[clock])
             take_turn(lane, chunks, recorded_first=number % 2 == 1, decoder=decoder, clock=CLOCKS[clock])
-    return report_of(lanes, baseline, pixel_frames=pixel_frames, command=command, clock=clock)
+    report = report_of(lanes, baseline, pixel_frames=pixel_frames, command=command, clock=clock)
+    if timeline:
+        for run, lane in zip(report["runs"], lanes, strict=True):
+            run["timeline"] = encode(lane.recorder.stretches())
+    return report
 
 
 def _check_clock(clock: str, configurations: Sequence[Configuration]) -> None:

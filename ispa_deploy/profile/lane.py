@@ -84,6 +84,13 @@ def take_turn(
         lane.decoding.append(stopwatch(lambda: decoder(latents), model.device, clock))
 
 
+def keep_log(lane: Lane, clock: Clock) -> None:
+    """From now on the lane's recorder also keeps when each mark began and ended."""
+    device = lane.configuration.model.device
+    if device.type == "cpu":
+        lane.recorder = recorder_for(device, clock, log=True)
+
+
 def _transient(device: torch.device, before: int) -> int:
     """Bytes that the work of a turn took on top of what lay there before it; 0 on a CPU, which keeps no count."""
     return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from itertools import pairwise
 from time import perf_counter_ns, process_time_ns
 from typing import Any, Protocol
 
@@ -26,6 +27,9 @@ _NS_PER_MS = 1e6
 Clock = Callable[[], int]
 """Nanoseconds since some fixed moment."""
 
+Stretch = tuple[int, float]
+"""Index into `ROWS` (one past the end: unattributed) and the ms for which it owned the time without a break."""
+
 CLOCKS: dict[str, Clock] = {"wall": perf_counter_ns, "cpu": process_time_ns}
 """`cpu` is the CPU time of the process: with one thread, what the wall time would be were the machine not shared."""
 
@@ -39,15 +43,24 @@ class ChunkRecorder(Recorder, Protocol):
         """Milliseconds of every row of `ROWS`, in order, and at last of `unattributed`."""
         ...
 
+    def stretches(self) -> list[Stretch]:
+        """The chunk that ended last, moment by moment; empty where no log is kept."""
+        ...
+
 
 class CpuRecorder:
-    """Reads a clock; exact for work that has ended when its mark ends, as on a CPU."""
+    """Reads a clock; exact for work that has ended when its mark ends, as on a CPU.
 
-    __slots__ = ("_clock", "_marks", "_row", "_since", "_spent", "_stack", "region")
+    With `log` it also keeps when each mark began and ended; without, marks do not even ask whether to.
+    """
 
-    def __init__(self, clock: Clock = perf_counter_ns) -> None:
+    __slots__ = ("_clock", "_log", "_marks", "_row", "_since", "_spent", "_stack", "region")
+
+    def __init__(self, clock: Clock = perf_counter_ns, *, log: bool = False) -> None:
         self._clock = clock
-        self._marks = {name: _CpuMark(self, row) for row, name in enumerate(_ROWS)}
+        self._log: list[tuple[int, int]] = []
+        mark = _LoggedCpuMark if log else _CpuMark
+        self._marks = {name: mark(self, row) for row, name in enumerate(_ROWS)}
         # The look-up itself is the method: no Python frame of ours lies between a mark and its clock.
         self.region: Callable[[str], AbstractContextManager[None]] = self._marks.__getitem__
         self.begin()
@@ -56,12 +69,25 @@ class CpuRecorder:
         self._spent = [0] * (_UNATTRIBUTED + 1)
         self._stack: list[int] = []
         self._row = _UNATTRIBUTED
+        self._log.clear()
         self._since = self._clock()
+        self._note()
 
     def end(self) -> list[float]:
-        self._spent[self._row] += self._clock() - self._since
+        now = self._clock()
+        self._spent[self._row] += now - self._since
+        self._since = now
+        self._note()
         assert not self._stack, f"the chunk ended inside '{_ROWS[self._row]}'"
         return [ns / _NS_PER_MS for ns in self._spent]
+
+    def stretches(self) -> list[Stretch]:
+        if len(self._log) <= 2:  # only begin and end: the marks keep no log
+            return []
+        return [(row, (after - since) / _NS_PER_MS) for (row, since), (_, after) in pairwise(self._log)]
+
+    def _note(self) -> None:
+        self._log.append((self._row, self._since))
 
 
 class _CpuMark:
@@ -84,6 +110,18 @@ class _CpuMark:
         recorder._row, recorder._since = recorder._stack.pop(), now
 
 
+class _LoggedCpuMark(_CpuMark):
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._recorder._note()
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._recorder._note()
+
+
 class CudaRecorder:
     """One event on the stream wherever a mark begins or ends, read after one synchronisation at the end of the chunk.
 
@@ -91,7 +129,7 @@ class CudaRecorder:
     slow to keep the device busy, the row that waits shows it. Events are kept and recorded again in the next chunk.
     """
 
-    __slots__ = ("_events", "_marks", "_owners", "_row", "_stack", "_stream", "region")
+    __slots__ = ("_events", "_marks", "_owners", "_row", "_stack", "_stream", "_stretches", "region")
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.current_stream(device)
@@ -99,6 +137,7 @@ class CudaRecorder:
         self._marks = {name: _CudaMark(self, row) for row, name in enumerate(_ROWS)}
         self.region: Callable[[str], AbstractContextManager[None]] = self._marks.__getitem__
         self._owners: list[int] = []
+        self._stretches: list[Stretch] = []
         self._stack: list[int] = []
         self._row = _UNATTRIBUTED
 
@@ -110,10 +149,17 @@ class CudaRecorder:
         assert not self._stack, f"the chunk ended inside '{_ROWS[self._row]}'"
         self._note()
         self._stream.synchronize()
+        self._stretches = [
+            (row, self._events[index].elapsed_time(self._events[index + 1]))
+            for index, row in enumerate(self._owners[:-1])
+        ]
         spent = [0.0] * (_UNATTRIBUTED + 1)
-        for index, row in enumerate(self._owners[:-1]):
-            spent[row] += self._events[index].elapsed_time(self._events[index + 1])
+        for row, ms in self._stretches:
+            spent[row] += ms
         return spent
+
+    def stretches(self) -> list[Stretch]:
+        return list(self._stretches)
 
     def _note(self) -> None:
         """An event now; the row in force owns the time from here to the next one."""
@@ -146,9 +192,9 @@ class _CudaMark:
         self._recorder._leave()
 
 
-def recorder_for(device: torch.device, clock: Clock = perf_counter_ns) -> ChunkRecorder:
-    """The recorder for work on `device`; a GPU's events are its clock."""
-    return CudaRecorder(device) if device.type == "cuda" else CpuRecorder(clock)
+def recorder_for(device: torch.device, clock: Clock = perf_counter_ns, *, log: bool = False) -> ChunkRecorder:
+    """The recorder for work on `device`; a GPU's events are its clock and, at no further cost, its log."""
+    return CudaRecorder(device) if device.type == "cuda" else CpuRecorder(clock, log=log)
 
 
 def synchronise(device: torch.device) -> None:
