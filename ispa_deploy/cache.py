@@ -75,9 +75,10 @@ class Layout:
 class WindowCache:
     """An F-layer's window: buffers (B, W, T, H, D) and the table of what lies where."""
 
-    def __init__(self, layout: Layout, slots: WindowSlots, ema: float | None):
-        self.slots, self._ema, self._tokens = slots, ema, layout.tokens
+    def __init__(self, layout: Layout, slots: WindowSlots, ema: float | None, ema_wide: bool = True):
+        self.slots, self._ema, self._ema_wide, self._tokens = slots, ema, ema_wide, layout.tokens
         self._again: tuple[tuple[int, int], ...] = ()
+        self._wide: dict[int, tuple[Tensor, Tensor]] = {}
         self.k, self.v = layout.buffer(slots.capacity), layout.buffer(slots.capacity)
 
     def begin(self, start: int, count: int) -> None:
@@ -103,15 +104,26 @@ class WindowCache:
         self.k[:, first:last], self.v[:, first:last] = k, v
 
     def _feed_sink(self, evicted: tuple[int, ...]) -> None:
-        """Reward-Forcing: the sink frames absorb what the window drops, slot by slot, oldest first."""
+        """Reward-Forcing: the sink frames absorb what the window drops, slot by slot, oldest first.
+
+        At a weight of 0.999 a 16-bit sink rounds most updates away; unless told to do as upstream, it is kept in
+        float32 beside the buffer.
+        """
         sink = [self.slots.frames.index(frame) for frame in range(self.slots.sink) if frame in self.slots.frames]
         # Upstream replaces the sink when the counts differ. A layer that was local kept frame 0 alone: there it fades.
         alpha = 0.0 if len(sink) == self.slots.sink != len(evicted) else self._ema
         assert alpha is not None
         for slot, old in zip(sink, evicted, strict=False):
-            for buffer in (self.k, self.v):
-                mixed = buffer[:, slot].float() * alpha + buffer[:, old].float() * (1 - alpha)
-                buffer[:, slot].copy_(mixed)
+            frame = self.slots.frames[slot]
+            wide = self._wide.get(frame, (self.k[:, slot].float(), self.v[:, slot].float()))
+            mixed = tuple(
+                sink * alpha + buffer[:, old].float() * (1 - alpha)
+                for sink, buffer in zip(wide, (self.k, self.v), strict=True)
+            )
+            self.k[:, slot].copy_(mixed[0])
+            self.v[:, slot].copy_(mixed[1])
+            if self._ema_wide and self.k.dtype != torch.float32:
+                self._wide[frame] = (mixed[0], mixed[1])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, frames: Frames) -> Tensor:
         with region("attention.cache"):
@@ -137,6 +149,9 @@ class WindowCache:
         for part in parts[1:]:
             whole = merge(whole, part)
         return whole
+
+    def wide_bytes(self) -> int:
+        return sum(tensor.nbytes for pair in self._wide.values() for tensor in pair)
 
     def nbytes(self) -> int:
         return int(self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes())
@@ -230,7 +245,7 @@ class KVCache:
         spec = self.spec
         capacity = spec.window_frames
         slots = WindowSlots(capacity, spec.sink_frames, spec.chunk_frames, self.recent, spec.rolls)
-        return WindowCache(self._layout, slots, spec.ema_sink)
+        return WindowCache(self._layout, slots, spec.ema_sink, spec.ema_wide)
 
     # -- driven by the stream
 
@@ -357,6 +372,10 @@ class KVCache:
     def persistent_bytes(self) -> int:
         """Bytes allocated for keys and values kept between chunks, over all layers."""
         return sum(layer.nbytes() for layer in self._layers)
+
+    def wide_sink_bytes(self) -> int:
+        """Bytes of float32 copies of averaging sinks, on top of `persistent_bytes`."""
+        return sum(layer.wide_bytes() for layer in self._layers if isinstance(layer, WindowCache))
 
     def scratch_bytes(self) -> int:
         """Bytes allocated for transient keys and values shared by all layers."""

@@ -21,6 +21,7 @@ class ModelSpec:
     `rope`: `absolute` caches rotated keys at their frame index; `window` caches keys before rotation and rotates them
     at their slot in the window on every read (LongLive "infinity", Reward-Forcing), so a stream has no length limit.
     `ema_sink`: the sink takes in evicted frames, sink = a * sink + (1 - a) * evicted (Reward-Forcing); None: frozen.
+    `ema_wide`: a 16-bit cache keeps that sink in float32 as well; off: rounded after every chunk, as upstream.
     `rolls`: whether the window evicts; without it a stream ends when the window is full (Self-Forcing).
     `recaches`: a prompt switch computes the window's keys and values anew under the new prompt (LongLive).
     `temporal_stride`: pixel frames for each latent frame after the first, which is one.
@@ -47,6 +48,7 @@ class ModelSpec:
     window_frames: int = 12
     sink_frames: int = 3
     ema_sink: float | None = None
+    ema_wide: bool = True
     rolls: bool = True
     recaches: bool = False
     max_frames: int = 1024

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ispa_deploy.cache import KVCache
+from ispa_deploy.cache import KVCache, Layout, WindowCache
 from ispa_deploy.errors import InputError
+from ispa_deploy.slots import WindowSlots
 from ispa_deploy.specs import ModelSpec
 from tests.reference import NaiveMemory
 from tests.tiny import SPEC, text_rows, tiny_model
@@ -238,3 +239,18 @@ def test_a_buffer_that_does_not_roll_ends_in_one_line() -> None:
     cache.begin(3, 3)
     with pytest.raises(InputError, match="at most 6 frames"):
         cache.begin(6, 3)
+
+
+@pytest.mark.parametrize(("wide", "moves"), [(True, True), (False, False)])
+def test_a_sixteen_bit_averaging_sink_keeps_small_updates_in_float32(wide: bool, moves: bool) -> None:
+    layout = Layout(1, 2, 1, 4, torch.bfloat16, torch.device("cpu"))
+    cache = WindowCache(layout, WindowSlots(capacity=9, sink=3, chunk=3), 0.999, wide)
+    for start in range(0, 900, 3):
+        cache.begin(start, 3)
+        first, last = cache.slots.current
+        cache.k[:, first:last] = cache.v[:, first:last] = 1.0 if start == 0 else 1.25
+    sink = cache.slots.frames.index(0)
+    expected = 1.25 - 0.25 * 0.999 ** (900 / 3 - 3)  # every update counts
+    drift = float(cache.k[:, sink].float().mean()) - 1
+    assert (abs(drift - (expected - 1)) < 5e-3) == moves
+    assert bool(cache.wide_bytes()) == wide

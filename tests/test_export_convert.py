@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from cli import app
 from export import convert_checkpoint, load_source, open_bundle, quantise_source, write_bundle
-from export.sources import empty
+from export.sources import Weights, empty
 from ispa_deploy.errors import InputError, IspaError, RunError
 from ispa_deploy.specs import SPECS
 from quant import SCHEMES, quantise_
@@ -116,6 +117,43 @@ def test_the_disk_refuses_and_the_old_bundle_stays(
     assert {file.name for file in tmp_path.iterdir()} == {"b", "base.pt", "lora.pt"}
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {n: x for n, x in t.items() if "norm3" not in n}, r"8 tensors missing \(blocks\.0\.norm3\.bias"),
+        (lambda t: {**t, "extra": torch.ones(1)}, r"1 unexpected \(extra\)"),
+        (lambda t: {**t, "head.modulation": torch.ones(1, 2, 9)}, r"head\.modulation \(1, 2, 9\) for \(1, 2, 48\)"),
+        (lambda t: {**t, "head.head.bias": torch.ones(16).int()}, r"head\.head\.bias is torch\.int32"),
+        (lambda t: {"step": 1}, "'step' is no tensor"),
+    ],
+    ids=["missing", "unexpected", "shape", "integers", "no tensors"],
+)
+def test_what_does_not_fit_is_listed_and_nothing_written(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], Any], message: str
+) -> None:
+    torch.save(change(weights_of(tiny_model())), tmp_path / "a.pt")
+    with pytest.raises(InputError, match=message) as caught:
+        quantise_source(tmp_path / "a.pt", tmp_path / "b", model=SPEC, scheme=INT8)
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_an_interrupt_half_way_leaves_nothing(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Weights.read
+
+    def interrupted(weights: Weights, name: str) -> torch.Tensor:
+        if name == "blocks.2.ffn.0.weight":
+            raise KeyboardInterrupt
+        return read(weights, name)
+
+    monkeypatch.setattr(Weights, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(checkpoint, tmp_path / "b", spec=SPEC, scheme=INT8, shard_bytes=9000)
+    assert {file.name for file in tmp_path.iterdir()} == {"base.pt", "lora.pt"}
+
+
 def test_patterns_and_targets_are_refused_before_a_tensor_is_read(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(InputError, match="skip pattern 'nothing' matches none"):
         convert_checkpoint(checkpoint, tmp_path / "b", spec=SPEC, scheme=INT8, skip=["nothing"])
@@ -126,7 +164,7 @@ def test_patterns_and_targets_are_refused_before_a_tensor_is_read(tmp_path: Path
         quantise_source(tmp_path / "not looked at", tmp_path / "b", scheme=INT8)
 
 
-def test_quantize_reports_the_adapter_and_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantize_reports_the_adapter_and_the_model(tmp_path: Path) -> None:
     tensors = {f"model.{name}": t for name, t in weights_of(tiny_model(SPECS["demo"])).items()}
     torch.save({"generator": tensors}, tmp_path / "base.pt")
     torch.save({"generator_lora": peft(adapter(tiny_model(SPECS["demo"])))}, tmp_path / "lora.pt")
@@ -139,7 +177,7 @@ def test_quantize_reports_the_adapter_and_the_model(tmp_path: Path, monkeypatch:
     assert open_bundle(tmp_path / "b").manifest.source.name == "base.pt + lora.pt, alpha 8"
     bad = CliRunner().invoke(app, [*command, "--overwrite", "--lora", str(tmp_path / "base.pt")])
     assert isinstance(bad.exception, IspaError)
-    assert "holds no LoRA tensors" in str(bad.exception)
+    assert "'generator' is no tensor: expected LoRA tensors" in str(bad.exception)
 
 
 @pytest.mark.slow

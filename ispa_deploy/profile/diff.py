@@ -63,6 +63,9 @@ def difference(
     missing after fails too, for it would pass unseen.
     """
     limits = dict(threshold(text) for text in fail_on)
+    versions = {report.get("schema_version") for report in (*before, *after)}
+    if len(versions) > 1:
+        raise InputError(f"reports of schema versions {versions}: expected one and the same, profile again")
     old, new = _runs(before), _runs(after)
     common = [key for key in old if key in new]
     if not common:
@@ -78,7 +81,7 @@ def difference(
 
 def grid(document: dict[str, Any]) -> list[tuple[str, ...]]:
     """The rows as text, the heading first."""
-    lines = [("model", "run", "metric", "before", "after", "change")]
+    lines: list[tuple[str, ...]] = [("model", "run", "metric", "before", "after", "change")]
     for row in document["rows"]:
         unit = _mib if row["metric"] in ("memory", "kv") else _ms
         change = "-" if row["change"] is None else f"{100 * row['change']:+.1f} %"

@@ -53,6 +53,13 @@ def verdict(figure: str, ours: float | None, short: Mapping[str, Any] | None = N
     return {"paper": paper, "ours": ours, "verdict": text, "short": dict(short)}
 
 
+def doubted(entry: dict[str, Any], reason: str | None) -> dict[str, Any]:
+    """A verdict in the light of what speaks against the numbers behind it: `reproduced` does not survive a reason."""
+    if reason is None or entry["verdict"] != "reproduced":
+        return entry
+    return {**entry, "verdict": f"inconclusive: {reason}"}
+
+
 def shortfall(base: Parts, run: Parts, lever: str, target: float) -> dict[str, Any]:
     """Which component keeps `run` from being `target` times faster than `base`, and by which factor.
 

@@ -66,7 +66,12 @@ def paper_grid(report: Report) -> list[list[str]]:
 
 
 def sentences(report: Report) -> list[str]:
-    """What the numbers mean, one plain sentence each."""
+    """What the numbers mean and what speaks against them, one plain sentence each."""
+    return [*explanations(report), *(f"Warning: {warning}" for warning in report["warnings"])]
+
+
+def explanations(report: Report) -> list[str]:
+    """What the numbers mean: what Amdahl's law allows and what 8 bits did."""
     law = report["amdahl"]
     text = [
         f"Self-attention is {100 * law['attention_share']:.0f} % of the full run's chunk: gaining all that the dropped "
@@ -77,7 +82,7 @@ def sentences(report: Report) -> list[str]:
             text.append("The paper's 1.86x is out of reach here: not even linear layers that cost nothing would do.")
     else:
         text.append(f"The paper's 1.86x would need linear layers {law['linear_speedup_needed']:.2f}x faster.")
-    return [*text, *_eight_bit_sentences(report), *(f"Warning: {warning}" for warning in report["warnings"])]
+    return [*text, *_eight_bit_sentences(report)]
 
 
 def _eight_bit_sentences(report: Report) -> list[str]:

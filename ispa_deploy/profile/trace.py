@@ -22,7 +22,7 @@ _US_PER_MS = 1e3
 
 
 def encode(stretches: Sequence[tuple[int, float]]) -> str:
-    """`stretches` (index into `NAMES`, ms) as a timeline; what rounds to no microsecond is left out, never summed up."""
+    """`stretches` (index into `NAMES`, ms) as a timeline; what rounds to no microsecond is left out."""
     parts: list[tuple[int, int]] = []
     end = 0.0
     written = 0
