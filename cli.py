@@ -1,15 +1,13 @@
 """The command line: parse, compose, call, print. Nothing is computed here and `--help` imports no torch.
 
-Every command ends with exit code 0 (done), 1 (the run failed) or 2 (bad input, one line on stderr). With `--json`
-stdout carries exactly one JSON document; everything for people goes to stderr.
+Every command ends with exit code 0 (done), 1 (the run failed), 2 (bad input, one line on stderr) or 130 (Ctrl-C: `run`
+finishes its chunk, closes its files and reports `complete: false`). With `--json` stdout carries exactly one JSON
+document; everything for people goes to stderr.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,13 +15,31 @@ import typer
 
 from ispa_deploy import __version__
 from ispa_deploy.errors import InputError, IspaError
+from ispa_deploy.flags import (
+    check_deltas_to_come,
+    device_of,
+    dtype_of,
+    integers_of,
+    make_folder,
+    ridge_of,
+    switch_of,
+)
+from ispa_deploy.printing import (
+    emit,
+    json_path,
+    print_mapping,
+    print_profile,
+    print_run,
+    print_table,
+    progress_bar,
+    say,
+    to_json,
+    write_reports,
+)
 
 if TYPE_CHECKING:
-    import torch
-
     from export.bundle import Bundle
     from ispa_deploy.options import StreamOptions
-    from ispa_deploy.run import Progress
 
 app = typer.Typer(
     name="ispa-deploy",
@@ -34,11 +50,18 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+# What typer raises for a command line it cannot read; the base class has no public name in all of its versions.
+UsageError: type[Any] = typer.BadParameter.__bases__[0]
+INTERRUPTED = 130
+MAX_SEED = 2**32
 MID_LAYERS = 4  # layers of the mid geometry that `profile` times: each costs the same, and the demo has minutes
 
 BundleArg = Annotated[Path, typer.Argument(help="Folder written by `quantize`.", show_default=False)]
 JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; progress goes to stderr.")]
-StatsOpt = Annotated[Path | None, typer.Option("--stats", help="Also write the JSON document to this file.")]
+StatsOpt = Annotated[
+    Path | None, typer.Option("--stats", callback=json_path, help="Also write the JSON document to this file.")
+]
+SeedOpt = Annotated[int, typer.Option(min=-MAX_SEED, max=MAX_SEED, help="Same seed, same video, on one device.")]
 DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOpt = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32: what is not quantised runs in it.")]
 ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice.")]
@@ -58,7 +81,7 @@ def models(json_only: JsonOpt = False) -> None:
     from ispa_deploy.specs import SPECS
 
     if json_only:
-        _print_json([spec.to_dict() for spec in SPECS.values()])
+        typer.echo(to_json([spec.to_dict() for spec in SPECS.values()]))
         return
     rows = [
         (
@@ -71,7 +94,7 @@ def models(json_only: JsonOpt = False) -> None:
         )
         for spec in SPECS.values()
     ]
-    _print_table(("model", "layers", "heads", "tokens/frame", "window/sink/chunk", "rope"), rows)
+    print_table(("model", "layers", "heads", "tokens/frame", "window/sink/chunk", "rope"), rows)
     for spec in SPECS.values():
         typer.echo(f"{spec.name}: {spec.source} ({spec.licence})")
 
@@ -96,18 +119,11 @@ def quantize(
     stats: StatsOpt = None,
 ) -> None:
     """Apply W8A8 post-training quantisation and write a safetensors bundle."""
-    from export.convert import quantise_source
-    from quant import resolve
-
-    chosen, line = resolve(scheme, "cpu")
-    _say(line)
-    folder, report = quantise_source(
-        source, out, scheme=chosen, model=model, skip=skip or (), lora=lora, lora_alpha=lora_alpha,
-        dtype=_dtype(dtype), seed=seed, overwrite=overwrite, say=_say,
+    document = _quantise(
+        source, out, scheme, model=model, skip=skip or (), lora=lora, lora_alpha=lora_alpha, dtype=dtype_of(dtype),
+        seed=seed, overwrite=overwrite,
     )  # fmt: skip
-    _say(report.summary())
-    document = {"bundle": str(folder), "scheme": chosen.name, **report.as_dict()}
-    _emit(document, json_only, stats, lambda: typer.echo(f"bundle: {folder}"))
+    emit(document, json_only, stats, lambda: typer.echo(f"bundle: {document['bundle']}"))
 
 
 @app.command()
@@ -119,7 +135,7 @@ def run(
     ] = None,
     at: Annotated[list[str] | None, typer.Option(help="FRAME:PROMPT, a later prompt; repeatable.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Latent frames, a multiple of the chunk.")] = 21,
-    seed: Annotated[int, typer.Option(help="Same seed, same video, on one device.")] = 0,
+    seed: SeedOpt = 0,
     policy: Annotated[str, typer.Option(help="absorb, full, window, sink-local (no absorb), no-sink.")] = "absorb",
     preset: Annotated[str, typer.Option(help="tuned or paper.")] = "tuned",
     ratio: Annotated[float, typer.Option(help="Share of layers that become local.")] = 0.5,
@@ -152,16 +168,19 @@ def run(
     from ispa_deploy.run import Outputs
 
     options = StreamOptions(
-        frames=frames, seed=seed, policy=policy, preset=preset, ratio=ratio, layers=_integers(layers), warmup=warmup,
-        recent_frames=recent_frames, window=window, ridge_absolute=ridge_absolute, ridge_relative=ridge_relative,
-        ranking=ranking, delta=delta, stats_device=stats_device, backend=attention,
+        frames=frames, seed=seed, policy=policy, preset=preset, ratio=ratio, layers=integers_of(layers), warmup=warmup,
+        recent_frames=recent_frames, window=window, ridge_absolute=ridge_of("absolute", ridge_absolute),
+        ridge_relative=ridge_of("relative", ridge_relative), ranking=ranking, delta=delta,
+        stats_device=None if stats_device is None else str(device_of(stats_device)), backend=attention,
     )  # fmt: skip
     opened = _open(bundle, device, dtype, threads, tune_allocator, prompt_embeds)
     if sheet is None and out is not None:
         sheet = out.with_suffix(".png")
     outputs = Outputs(video=out, sheet=sheet, latents=latents, scale=opened.pixel_scale, label=prompt)
     document = _run(opened, prompt, options, outputs, at or [], deltas, save_deltas)
-    _emit(document, json_only, stats, lambda: _print_run(document))
+    emit(document, json_only, stats, lambda: print_run(document))
+    if not document["complete"]:
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
@@ -180,10 +199,12 @@ def profile(
     stats: StatsOpt = None,
 ) -> None:
     """Break a steady chunk's latency into attention, linear and overhead, configurations side by side."""
+    if out is not None:
+        make_folder(out)
     opened = _open(bundle, device, dtype, threads, tune_allocator, None)
     document = _profile(opened, rounds, ratio, recent_frames, mid)
-    _write_reports(document, out)
-    _emit(document, json_only, stats, lambda: _print_profile(document))
+    write_reports(document, out)
+    emit(document, json_only, stats, lambda: print_profile(document))
 
 
 @app.command()
@@ -205,7 +226,7 @@ def evaluate(
     opened = _open(bundle, "cpu", "float32", threads, True, None)
     command = " ".join(["ispa-deploy", *sys.argv[1:]])
     document = run_evaluation(opened.model, count=pairs, frames=frames, readme=readme, command=command)
-    _emit(document, json_only, stats, lambda: typer.echo(markdown(document)))
+    emit(document, json_only, stats, lambda: typer.echo(markdown(document)))
 
 
 @app.command()
@@ -215,7 +236,7 @@ def inspect(path: Annotated[Path, typer.Argument(help="A bundle, a delta file or
     from export.inspect import describe
 
     document = describe(path)
-    _emit(document, json_only, None, lambda: _print_mapping(document))
+    emit(document, json_only, None, lambda: print_mapping(document))
 
 
 @app.command()
@@ -240,7 +261,7 @@ def export(
     else:
         raise InputError("export needs one of --to DIALECT and --from DIALECT; --model goes with --from only")
     document = {"source": str(source), "dialect": to or origin, "path": str(written)}
-    _emit(document, json_only, None, lambda: typer.echo(f"written: {written}"))
+    emit(document, json_only, None, lambda: typer.echo(f"written: {written}"))
 
 
 @app.command()
@@ -248,7 +269,7 @@ def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for everything the demo makes.")] = Path("demo-out"),
     prompt: Annotated[str, typer.Option(help="What to show.")] = "a fast red ring over teal waves",
     frames: Annotated[int, typer.Option(min=1, help="Latent frames.")] = 48,
-    seed: Annotated[int, typer.Option(help="Same seed, same video.")] = 1,
+    seed: SeedOpt = 1,
     threads: ThreadsOpt = None,
     json_only: JsonOpt = False,
 ) -> None:
@@ -256,11 +277,11 @@ def demo(
     from ispa_deploy.options import StreamOptions
     from ispa_deploy.run import Outputs
 
-    out.mkdir(parents=True, exist_ok=True)
-    _say("1/3  quantise the embedded model")
-    quantize("demo", out / "bundle", overwrite=True, json_only=json_only, stats=out / "quantize.json")
+    make_folder(out)
+    say("1/3  quantise the embedded model")
+    quantised = _quantise("demo", out / "bundle", "w8a8", overwrite=True)
     opened = _open(out / "bundle", "cpu", "auto", threads, True, None)
-    _say(f'2/3  stream "{prompt}" twice: full cache, then ISPA')
+    say(f'2/3  stream "{prompt}" twice: full cache, then ISPA')
     runs = {}
     for policy in ("full", "absorb"):
         outputs = Outputs(
@@ -268,22 +289,35 @@ def demo(
         )
         options = StreamOptions(frames=frames, seed=seed, policy=policy)
         runs[policy] = _run(opened, prompt, options, outputs, [], None, None)
-        _print_run(runs[policy], err=True)
-    _say("3/3  profile: where the time of a steady chunk goes")
+        print_run(runs[policy], err=True)
+        if not runs[policy]["complete"]:
+            raise KeyboardInterrupt
+    say("3/3  profile: where the time of a steady chunk goes")
     report = _profile(opened, 9, 0.5, 0, True)
-    _write_reports(report, out)
-    document = {"runs": runs, "profile": report}
-    _emit(document, json_only, out / "demo.json", lambda: _print_profile(report))
+    write_reports(report, out)
+    document = {"quantize": quantised, "runs": runs, "profile": report}
+    emit(document, json_only, out / "demo.json", lambda: print_profile(report))
 
 
 # -- composing
+
+
+def _quantise(source: str, out: Path, scheme: str, **choices: Any) -> dict[str, Any]:
+    from export.convert import quantise_source
+    from quant import resolve
+
+    chosen, line = resolve(scheme, "cpu")
+    say(line)
+    folder, report = quantise_source(source, out, scheme=chosen, say=say, **choices)
+    say(report.summary())
+    return {"bundle": str(folder), "scheme": chosen.name, **report.as_dict()}
 
 
 def _open(folder: Path, device: str, dtype: str, threads: int | None, tune: bool, prompt_embeds: Path | None) -> Bundle:
     """A bundle on its device, with the process set up for it."""
     from quant import tune_allocator
 
-    place = _device(device)
+    place = device_of(device)
     if tune and place.type == "cpu":
         tune_allocator()
     import torch
@@ -292,7 +326,7 @@ def _open(folder: Path, device: str, dtype: str, threads: int | None, tune: bool
         torch.set_num_threads(threads)
     from export.bundle import open_bundle
 
-    return open_bundle(folder, device=place, dtype=_dtype(dtype), prompt_embeds=prompt_embeds)
+    return open_bundle(folder, device=place, dtype=dtype_of(dtype), prompt_embeds=prompt_embeds)
 
 
 def _run(
@@ -306,14 +340,16 @@ def _run(
 
     if save_deltas is not None:
         output_path(save_deltas, ".safetensors", "deltas")
+    switches = [switch_of(text, options.frames) for text in later]
     stored = load_deltas(deltas, base_sha256=bundle.base_sha256, spec=bundle.spec) if deltas else None
-    switches = [_switch(text) for text in later]
     stream = bundle.stream(prompt, options, deltas=stored, switches=switches)
-    with stop_on_interrupt() as stop, _progress_bar() as show:
+    if save_deltas is not None:
+        check_deltas_to_come(stream)
+    with stop_on_interrupt() as stop, progress_bar() as show:
         document = run_stream(stream, outputs, on_progress=show, stop=stop)
     for note in document["absorption"]["notes"]:
-        _say(f"note: {note}")
-    if save_deltas is not None:
+        say(f"note: {note}")
+    if save_deltas is not None and (stream.absorber.deltas or document["complete"]):
         save_deltas_of(save_deltas, stream.absorber, base_sha256=bundle.base_sha256)
         document["outputs"]["deltas"] = str(save_deltas)
     return {
@@ -331,7 +367,7 @@ def _profile(bundle: Bundle, rounds: int, ratio: float, recent: int, mid: bool) 
     command = " ".join(["ispa-deploy", *sys.argv[1:]])
     reports = [profile_bundle(bundle, rounds=rounds, ratio=ratio, recent=recent, command=command)]
     if mid and bundle.spec.name == "demo":
-        _say(f"the mid geometry, {MID_LAYERS} layers of random weights: wide enough for 8 bits to pay")
+        say(f"the mid geometry, {MID_LAYERS} layers of random weights: wide enough for 8 bits to pay")
         reports.append(
             profile_geometry(
                 "mid", bundle.model.device, rounds=3, layers=MID_LAYERS, ratio=ratio, recent=recent, command=command
@@ -340,153 +376,38 @@ def _profile(bundle: Bundle, rounds: int, ratio: float, recent: int, mid: bool) 
     return {"command": command, "reports": reports}
 
 
-def _switch(text: str) -> tuple[int, str]:
-    frame, colon, prompt = text.partition(":")
-    if not colon or not frame.strip().isdigit():
-        raise InputError(f"--at '{text}': expected FRAME:PROMPT, for example 24:a blue square")
-    return int(frame), prompt.strip()
-
-
-def _integers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise InputError(f"--layers '{text}': expected numbers with commas, for example 0,3,7") from None
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device '{name}': expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device '{name}': this torch sees no GPU; use --device cpu or install a CUDA build of torch")
-    return device
-
-
-def _dtype(name: str) -> torch.dtype | None:
-    """None for auto: the bundle decides."""
-    import torch
-
-    known = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if name not in known:
-        raise InputError(f"dtype '{name}': expected one of {', '.join(known)}")
-    return known[name]
-
-
-# -- printing
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-def _print_json(document: Any) -> None:
-    typer.echo(json.dumps(document, indent=1, default=str))
-
-
-def _emit(document: dict[str, Any], json_only: bool, stats: Path | None, show: Callable[[], None]) -> None:
-    if stats is not None:
-        from ispa_deploy.media.output import write_text
-
-        write_text(stats, json.dumps(document, indent=1, default=str) + "\n")
-    if json_only:
-        _print_json(document)
-    else:
-        show()
-
-
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def _print_mapping(document: dict[str, Any]) -> None:
-    for key, value in document.items():
-        typer.echo(f"{key}: {json.dumps(value, default=str) if isinstance(value, (dict, list)) else value}")
-
-
-def _print_run(document: dict[str, Any], *, err: bool = False) -> None:
-    fps, kv, absorption = document["fps"], document["kv"], document["absorption"]
-    lines = [
-        f"{document['pixel_frames']} pixel frames in {document['wall_s']:.1f} s: {fps['dit']:.2f} FPS DiT only, "
-        f"{fps['with_vae']:.2f} with decoding, {fps['wall']:.2f} wall",
-        f"KV cache {kv['persistent_bytes'] / 2**20:.2f} MiB, {kv['percent']:.1f} % of full; "
-        f"local layers {absorption['local_layers'] or 'none'}",
-        *(f"{name}: {path}" for name, path in document["outputs"].items()),
-    ]
-    for line in lines:
-        typer.echo(line, err=err)
-
-
-def _print_profile(document: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    from ispa_deploy.profile.table import terminal
-
-    for report in document["reports"]:
-        Console().print(terminal(report))
-
-
-def _write_reports(document: dict[str, Any], folder: Path | None) -> None:
-    if folder is None:
-        return
-    from ispa_deploy.media.output import write_text
-    from ispa_deploy.profile.table import markdown
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "report.json", json.dumps(document, indent=1, default=str) + "\n")
-    write_text(folder / "report.md", "\n\n".join(markdown(report) for report in document["reports"]) + "\n")
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[Progress], None] | None]:
-    """Chunk number, FPS, ETA, KV bytes and state on a terminal; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("chunk"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("warm-up", total=None)
-
-        def show(at: Progress) -> None:
-            text = f"{at.fps:.1f} FPS  ETA {at.eta:.0f} s  KV {at.kv_bytes / 2**20:.1f} MiB  {at.state}"
-            bar.update(task, completed=at.chunk, total=at.chunks, description=text)
-
-        yield show
-
-
 def main() -> None:
-    """Entry point: errors become one line and an exit code, never a traceback."""
+    """Entry point: what went wrong on purpose, or is the machine's, becomes one line and an exit code."""
     try:
-        app()
-    except IspaError as error:
-        _say(f"error: {error}")
-        sys.exit(error.exit_code)
-    except MemoryError as error:
-        _say(f"error: out of memory ({error}); try --scheme w8a8, --ratio 1 --recent-frames 3, or fewer pixels")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _say("interrupted")
-        sys.exit(130)
-    except OSError as error:
-        _say(f"error: {error.strerror or error}: {error.filename or 'an output'}; nothing half-written was left")
-        sys.exit(1)
+        code = app(sys.argv[1:] or ["--help"], prog_name="ispa-deploy", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        told = _told(error)
+        if told is None:
+            raise
+        code, line = told
+        say(f"error: {' '.join(line.split())}")
+    if code == INTERRUPTED:
+        say("interrupted")
+    sys.exit(code)
+
+
+def _told(error: Exception) -> tuple[int, str] | None:
+    """Exit code and line for an error that a user can act upon; None for our own slips."""
+    if isinstance(error, IspaError):
+        return error.exit_code, str(error)
+    if isinstance(error, UsageError):
+        where = error.ctx.command_path if error.ctx else "ispa-deploy"
+        return 2, f"{error.format_message().rstrip('.')}; see `{where} --help`"
+    if isinstance(error, OSError):
+        return 1, f"{error.strerror or error}: {error.filename or 'an output'}"
+    from ispa_deploy.run import out_of_memory
+
+    if out_of_memory(error):
+        reason = str(error).partition("\n")[0]
+        return 1, f"out of memory ({reason}); 8 bits (quantize --scheme w8a8) hold the linears in half of bfloat16"
+    return None
 
 
 if __name__ == "__main__":

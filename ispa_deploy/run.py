@@ -12,15 +12,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ispa_deploy.errors import InputError
+from ispa_deploy.delta import DELTA_MODES, Delta
+from ispa_deploy.errors import InputError, RunError, known_names
 from ispa_deploy.media.output import output_path, partial_path
 from ispa_deploy.media.sheet import contact_sheet
 from ispa_deploy.media.video import VideoWriter
@@ -114,6 +116,7 @@ class _Tally:
     kv_bytes: list[int] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     pixels: list[Tensor] = field(default_factory=list)
+    delta_modes: list[str] = field(default_factory=list)
     statistics_bytes: int = 0
     frames: int = 0
 
@@ -125,9 +128,14 @@ def run_stream(
     on_progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Iterate the stream, write the outputs and return the run's report as plain JSON types."""
+    """Iterate the stream, write the outputs and return the run's report as plain JSON types.
+
+    InputError before the first chunk where an output or the delta mode cannot be had. RunError naming the chunk when
+    latents are not finite or memory runs out; no output is left then.
+    """
     outputs = outputs or Outputs()
     outputs.check(stream.decoder is not None)
+    _check_delta_mode(stream)
     spec, device, tally = stream.model.spec, stream.model.device, _Tally()
     watch = _Stopwatch(stream.decoder, device) if stream.decoder else None
     stream.decoder = watch
@@ -136,11 +144,13 @@ def run_stream(
         video = None
         if outputs.video:
             video = stack.enter_context(VideoWriter(outputs.video, fps=spec.fps, scale=outputs.scale))
+        stack.enter_context(_memory_errors(stream, tally))
         chunks = stack.enter_context(_closing(iter(stream)))
         clock = time.perf_counter()
         for chunk in chunks:
             _settle(device)
             tally.seconds.append(time.perf_counter() - clock)
+            _check_finite(stream, chunk)
             _keep(tally, chunk, stream, outputs)
             if video and chunk.pixels is not None:
                 video.write(chunk.pixels[0])
@@ -163,9 +173,61 @@ def _closing(chunks: Iterator[Chunk]) -> Iterator[Iterator[Chunk]]:
         chunks.close()  # type: ignore[attr-defined]
 
 
+def _check_delta_mode(stream: Stream) -> None:
+    """InputError for a mode that some layer does not offer: now, not at the transition."""
+    absorber = stream.absorber
+    if absorber.mode not in DELTA_MODES:
+        raise known_names("delta mode", absorber.mode, DELTA_MODES)
+    if not absorber.policy.absorbs:
+        return
+    for target in {type(target): target for target in absorber.targets}.values():
+        weight = target.reference_weight()
+        target.set_delta(Delta(torch.zeros_like(weight, dtype=absorber.dtype)), absorber.mode)
+        target.set_delta(None)
+
+
+def _check_finite(stream: Stream, chunk: Chunk) -> None:
+    if bool(torch.isfinite(chunk.latents).all()):
+        return
+    raise RunError(
+        f"chunk {chunk.index + 1} of {len(stream.chunks)} (from frame {chunk.start} on, {stream.absorber.describe()}) "
+        "holds NaN or Inf: no output was written; try --dtype float32, or --policy full to leave absorption out"
+    )
+
+
+@contextmanager
+def _memory_errors(stream: Stream, tally: _Tally) -> Iterator[None]:
+    """Out of memory in one line: what the stream holds, and what would hold less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        cache, spec = stream.cache, stream.cache.spec
+        frame = cache.full_bytes() / spec.window_frames
+        smallest = spec.sink_frames + spec.chunk_frames
+        raise RunError(
+            f"out of memory in chunk {len(tally.seconds) + 1} of {len(stream.chunks)} "
+            f"({stream.absorber.describe()}): KV cache {_mib(cache.persistent_bytes())}, statistics "
+            f"{_mib(stream.absorber.statistics_bytes())}. Smaller: --policy window --window {smallest} (cache "
+            f"{_mib(smallest * frame)} from the start), --ratio 1 (cache {_mib(frame)} after the warm-up), "
+            "--stats-device cpu (no statistics on the GPU)"
+        ) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out; on the CPU, torch says so in words only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
 def _keep(tally: _Tally, chunk: Chunk, stream: Stream, outputs: Outputs) -> None:
     tally.frames += chunk.frames
     tally.kv_bytes.append(stream.cache.persistent_bytes())
+    tally.delta_modes = sorted({target.delta_mode for target in stream.absorber.targets if target.delta_mode})
     tally.statistics_bytes = max(tally.statistics_bytes, stream.absorber.statistics_bytes())
     if outputs.latents:
         tally.latents.append(chunk.latents.cpu())
@@ -191,8 +253,13 @@ def _write(outputs: Outputs, tally: _Tally) -> None:
         contact_sheet([(outputs.label, torch.cat(tally.pixels))], outputs.sheet, scale=max(1, outputs.scale // 2))
     if outputs.latents and tally.latents:
         partial = partial_path(outputs.latents)
-        save_file({"latents": torch.cat(tally.latents, 1)}, partial)
-        os.replace(partial, outputs.latents)
+        try:
+            save_file({"latents": torch.cat(tally.latents, 1)}, partial)
+            os.replace(partial, outputs.latents)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"latents '{outputs.latents}' could not be written: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _report(stream: Stream, tally: _Tally, wall: float, decoding: float, outputs: Outputs) -> dict[str, Any]:
@@ -201,6 +268,7 @@ def _report(stream: Stream, tally: _Tally, wall: float, decoding: float, outputs
     warm = len(tally.seconds) // 2  # the second half: past warm-up and transition in any stream worth timing
     return {
         "model": spec.name,
+        "options": _options(stream),
         "frames": tally.frames,
         "pixel_frames": pixel_frames,
         "chunks": len(tally.seconds),
@@ -220,10 +288,27 @@ def _report(stream: Stream, tally: _Tally, wall: float, decoding: float, outputs
             "scratch_bytes": cache.scratch_bytes(),
             "per_chunk_bytes": tally.kv_bytes,
         },
+        "delta_modes": tally.delta_modes,
         "delta_bytes": sum(delta.nbytes for delta in absorber.deltas.values()),
         "statistics_bytes": tally.statistics_bytes,
         "absorption": absorber.report(),
         "outputs": {
             name: str(path) for name in ("video", "sheet", "latents") if (path := getattr(outputs, name)) is not None
         },
+    }
+
+
+def _options(stream: Stream) -> dict[str, Any]:
+    """What the stream ran under, read from the stream itself."""
+    absorber, cache = stream.absorber, stream.cache
+    return {
+        **asdict(absorber.settings),
+        "ratio": absorber.choice.ratio,
+        "layers": absorber.choice.layers,
+        "delta": absorber.mode,
+        "recent_frames": cache.recent,
+        "window": cache.spec.window_frames,
+        "attention": cache.backend,
+        "device": str(stream.model.device),
+        "dtype": str(stream.model.dtype).removeprefix("torch."),
     }

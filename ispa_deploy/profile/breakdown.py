@@ -19,6 +19,13 @@ SELF_ATTENTION = ("attention.kernel", "attention.merge", "attention.cache")
 LIMITS = {"sum_error": 0.01, "unattributed_share": 0.03, "instrumented_over_plain": 0.03}
 """The three closing rules: shares of the wall time; the last one is the distance of the ratio from 1."""
 
+RULES = {
+    "sum_error": "rows and wall time differ by",
+    "unattributed_share": "time in no row:",
+    "instrumented_over_plain": "recording changed the time by",
+}
+"""The same rules in words, to be followed by a share."""
+
 
 @dataclass(frozen=True)
 class Breakdown:

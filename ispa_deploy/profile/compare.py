@@ -30,7 +30,7 @@ def compare(
     pixel_frames: int = 4,
     decoder: Callable[[Tensor], Tensor] | None = None,
     clock: str = "wall",
-    timeline: bool = False,
+    timeline: bool = True,
     command: str = "",
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ispa_deploy.model import CausalWanDiT
-from ispa_deploy.profile.breakdown import closing
+from ispa_deploy.profile.breakdown import RULES, closing
 from ispa_deploy.profile.environment import environment
 from ispa_deploy.profile.lane import Lane
 from ispa_deploy.profile.paper import (
@@ -59,9 +59,13 @@ def warnings(report: dict[str, Any]) -> list[str]:
     """Why the numbers of this report must not be taken at their face value; empty when nothing speaks against it."""
     found = []
     for run in report["runs"]:
-        times, broken = run["chunk_ms"], run["closing"]["broken"]
-        if broken:
-            found.append(f"the account of '{run['name']}' does not close: {', '.join(broken)} beyond the limit")
+        times, rules = run["chunk_ms"], run["closing"]
+        if rules["broken"]:
+            texts = [
+                f"{RULES[rule]} {100 * rules[rule]:.1f} %, {100 * rules['limits'][rule]:g} % allowed"
+                for rule in rules["broken"]
+            ]
+            found.append(f"the account of '{run['name']}' does not close: {'; '.join(texts)}")
         if times["n"] < FEW:
             found.append(f"'{run['name']}' was timed over {times['n']} chunks only")
         elif times["spread"] > UNSTEADY * times["median"]:

@@ -1,0 +1,123 @@
+"""What commands print: lines and progress for people on stderr, results on stdout, reports in files.
+
+Importing this file does not import torch, so that `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ispa_deploy.media.output import output_path, write_text
+
+if TYPE_CHECKING:
+    from ispa_deploy.run import Progress
+
+
+def say(line: str) -> None:
+    """One line for people; stdout stays free for results."""
+    print(line, file=sys.stderr)
+
+
+def to_json(document: Any) -> str:
+    """JSON text. NaN and Inf, which JSON does not know, become null; a path becomes its text."""
+    return json.dumps(_plain(document), indent=1, default=str, allow_nan=False)
+
+
+def emit(document: Any, json_only: bool, stats: Path | None, show: Callable[[], None]) -> None:
+    """A command's result: the document to `stats`, then to stdout, or `show` in its place."""
+    if stats is not None:
+        write_text(stats, to_json(document) + "\n")
+    if json_only:
+        print(to_json(document))
+    else:
+        show()
+
+
+def json_path(path: Path | None) -> Path | None:
+    """The same path; InputError unless a report can be written there. Asked before the work, not after it."""
+    return path if path is None else output_path(path, path.suffix.lower(), "report")
+
+
+def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_mapping(document: dict[str, Any]) -> None:
+    for key, value in document.items():
+        print(f"{key}: {json.dumps(value, default=str) if isinstance(value, (dict, list)) else value}")
+
+
+def print_run(document: dict[str, Any], *, err: bool = False) -> None:
+    """A run's report in a few lines."""
+    fps, kv, absorption = document["fps"], document["kv"], document["absorption"]
+    lines = [
+        f"{document['pixel_frames']} pixel frames in {document['wall_s']:.1f} s: {fps['dit']:.2f} FPS DiT only, "
+        f"{fps['with_vae']:.2f} with decoding, {fps['wall']:.2f} wall",
+        f"KV cache {kv['persistent_bytes'] / 2**20:.2f} MiB, {kv['percent']:.1f} % of full; "
+        f"local layers {absorption['local_layers'] or 'none'}",
+        *(f"{name}: {path}" for name, path in document["outputs"].items()),
+    ]
+    for line in lines:
+        print(line, file=sys.stderr if err else sys.stdout)
+
+
+def print_profile(document: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from ispa_deploy.profile.table import terminal
+
+    for report in document["reports"]:
+        Console().print(terminal(report))
+
+
+def write_reports(document: dict[str, Any], folder: Path | None) -> None:
+    """`report.json` and `report.md` in a folder, which is made if need be."""
+    if folder is None:
+        return
+    from ispa_deploy.profile.table import markdown
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "report.json", to_json(document) + "\n")
+    write_text(folder / "report.md", "\n\n".join(markdown(report) for report in document["reports"]) + "\n")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[Progress], None] | None]:
+    """Chunk number, FPS, ETA, KV bytes and state on a terminal; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    # The text comes before the bar: on a narrow terminal the bar is what gives way.
+    columns = (TextColumn("chunk"), MofNCompleteColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20))
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("first chunk", total=None)
+
+        def show(at: Progress) -> None:
+            text = f"{at.fps:.1f} FPS  ETA {at.eta:.0f} s  KV {at.kv_bytes / 2**20:.1f} MiB  {at.state}"
+            bar.update(task, completed=at.chunk, total=at.chunks, description=text)
+
+        yield show
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
