@@ -133,6 +133,17 @@ def run(
     prompt_embeds: Annotated[
         Path | None, typer.Option(help="Text rows from a safetensors file, for models without a text encoder here.")
     ] = None,
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="UMT5-XXL: upstream's .pth, an HF folder, or the base model's folder.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Its tokenizer's folder; default: beside it.")] = None,
+    prompt_cache: Annotated[
+        Path | None, typer.Option(help="Folder of encoded prompts; default: ~/.cache/ispa-deploy/prompts.")
+    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="Wan2.1_VAE.pth, an HF folder, or the base model's folder.")] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="Your own decoder, package.module:Class; --vae is then its weights.")
+    ] = None,
     at: Annotated[list[str] | None, typer.Option(help="FRAME:PROMPT, a later prompt; repeatable.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Latent frames, a multiple of the chunk.")] = 21,
     seed: SeedOpt = 0,
@@ -174,6 +185,7 @@ def run(
         stats_device=None if stats_device is None else str(device_of(stats_device)), backend=attention,
     )  # fmt: skip
     opened = _open(bundle, device, dtype, threads, tune_allocator, prompt_embeds)
+    opened = _accompanied(opened, text_encoder, tokenizer, prompt_cache, vae, decoder)
     if sheet is None and out is not None:
         sheet = out.with_suffix(".png")
     outputs = Outputs(video=out, sheet=sheet, latents=latents, scale=opened.pixel_scale, label=prompt)
@@ -186,7 +198,7 @@ def run(
 @app.command()
 def profile(
     bundle: BundleArg,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for report.json and report.md.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for report.html, .json and others.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Steady chunks timed per configuration.")] = 7,
     ratio: Annotated[float, typer.Option(help="Share of layers that are local.")] = 0.5,
     recent_frames: Annotated[int, typer.Option(help="Recent frames that local layers also keep.")] = 0,
@@ -244,7 +256,7 @@ def export(
     source: Annotated[Path, typer.Argument(help="A bundle; with --from, a file in a dialect.", show_default=False)],
     out: Annotated[Path, typer.Option("-o", "--out", help="File (.safetensors) or folder to write.")],
     to: Annotated[
-        str | None, typer.Option(help="bitsandbytes, torchao, comfyui, diffusers (a folder) or lightx2v.")
+        str | None, typer.Option(help="bitsandbytes, comfyui, diffusers, diffusers-torchao, lightx2v or torchao.")
     ] = None,
     origin: Annotated[str | None, typer.Option("--from", help="Make a bundle from this dialect, or auto.")] = None,
     model: Annotated[str | None, typer.Option(help="With --from: the model of a file made elsewhere.")] = None,
@@ -262,6 +274,28 @@ def export(
         raise InputError("export needs one of --to DIALECT and --from DIALECT; --model goes with --from only")
     document = {"source": str(source), "dialect": to or origin, "path": str(written)}
     emit(document, json_only, None, lambda: typer.echo(f"written: {written}"))
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="report.json to compare with.")],
+    after: Annotated[Path, typer.Argument(help="report.json to judge.")],
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(help="METRIC:PERCENT%, e.g. latency:8%; latency, attention, linear, memory, kv; repeatable."),
+    ] = None,
+    json_only: JsonOpt = False,
+) -> None:
+    """Compare two profile reports; exit code 1 when a metric grew by more than --fail-on allows."""
+    from ispa_deploy.profile.diff import difference, grid, load
+
+    document = difference(load(before), load(after), fail_on or ())
+    head, *rows = grid(document)
+    emit(document, json_only, None, lambda: print_table(head, rows))
+    for line in (*document["notes"], *(f"failed: {text}" for text in document["failed"])):
+        say(line)
+    if document["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -329,6 +363,22 @@ def _open(folder: Path, device: str, dtype: str, threads: int | None, tune: bool
     return open_bundle(folder, device=place, dtype=dtype_of(dtype), prompt_embeds=prompt_embeds)
 
 
+def _accompanied(
+    bundle: Bundle, text_encoder: Path | None, tokenizer: Path | None, prompt_cache: Path | None,
+    vae: Path | None, decoder: str | None,
+) -> Bundle:  # fmt: skip
+    """The bundle with the networks around it that the user named."""
+    if text_encoder is None and (tokenizer or prompt_cache):
+        raise InputError("--tokenizer and --prompt-cache go with --text-encoder PATH: add it")
+    if text_encoder is None and vae is None and decoder is None:
+        return bundle
+    from export.companions import accompany
+
+    return accompany(
+        bundle, text_encoder=text_encoder, tokenizer=tokenizer, prompt_cache=prompt_cache, vae=vae, decoder=decoder
+    )
+
+
 def _run(
     bundle: Bundle, prompt: str, options: StreamOptions, outputs: Any, later: list[str],
     deltas: Path | None, save_deltas: Path | None,
@@ -340,6 +390,8 @@ def _run(
 
     if save_deltas is not None:
         output_path(save_deltas, ".safetensors", "deltas")
+        if outputs.latents is not None and save_deltas.absolute() == outputs.latents.absolute():
+            raise InputError(f"--latents and --save-deltas are both '{save_deltas}': give them two names")
     switches = [switch_of(text, options.frames) for text in later]
     stored = load_deltas(deltas, base_sha256=bundle.base_sha256, spec=bundle.spec) if deltas else None
     stream = bundle.stream(prompt, options, deltas=stored, switches=switches)

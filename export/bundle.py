@@ -6,7 +6,7 @@ The network is built on the meta device, so no random weights are drawn and none
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,17 @@ from torch import Tensor
 
 from export.deltas import StoredDeltas
 from export.manifest import Manifest, file_digest, read_manifest
-from export.tensors import FLOATS, Shape, aligned, check_finite, check_names, check_shapes, listing, reading
+from export.tensors import CODES, FLOATS, Shape, aligned, check_finite, check_names, check_shapes, listing, reading
 from export.write import write_bundle
 from ispa_deploy.errors import InputError, known_names
+from ispa_deploy.media.text import PromptReader
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions, open_stream
 from ispa_deploy.specs import ModelSpec
 from ispa_deploy.stream import Decoder, Stream
-from quant.convert import empty_quantised_, prepare_
+from quant.convert import empty_quantised_, prepare_, scheme_of
+from quant.layers import LAYERS
+from quant.plan import Plan
 from quant.schemes import SCHEMES
 
 __all__ = ["Bundle", "open_bundle", "read_prompt_embeds", "stand_in_rows", "write_bundle"]
@@ -35,13 +38,17 @@ EMBEDS = "prompt_embeds"
 class Bundle:
     """An opened bundle: the model in eval mode, its kernels prepared, and what the manifest says of it.
 
-    `prompt_embeds`: the text encoder's output for the first prompt, where the model cannot read prompts.
+    `prompt_embeds`: the text encoder's output for the first prompt, where the model cannot read prompts. `prompts`
+    reads them with a text encoder, and `decoders` makes a decoder for each stream (`export.companions`): neither is part of
+    the bundle.
     """
 
     model: CausalWanDiT
     manifest: Manifest
     folder: Path
     prompt_embeds: Path | None = None
+    prompts: PromptReader | None = None
+    decoders: Callable[[], Decoder] | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -62,11 +69,13 @@ class Bundle:
         """(1, L, text_dim) float32 rows for a prompt, zero after its end.
 
         The demo reads the prompt itself. Random weights get random rows that depend on the prompt alone: good for
-        measuring speed, meaningless otherwise. Real checkpoints need `prompt_embeds`, a safetensors file with the text
-        encoder's output under `prompt_embeds`, (L, text_dim) or (1, L, text_dim).
+        measuring speed, meaningless otherwise. Real checkpoints need `prompts`, or `prompt_embeds`, a safetensors file
+        with the text encoder's output under `prompt_embeds`, (L, text_dim) or (1, L, text_dim).
         """
         if prompt_embeds is not None:
             return read_prompt_embeds(Path(prompt_embeds), self.spec)
+        if self.prompts is not None:
+            return self.prompts.rows([prompt])[0]
         if self.spec.name == DEMO:
             from ispa_deploy.demo.prompts import embed, parse_prompt
 
@@ -74,12 +83,14 @@ class Bundle:
         if self.manifest.source.kind == "random":
             return stand_in_rows(prompt, self.spec)
         raise InputError(
-            f"model '{self.spec.name}' has no text encoder in its bundle: pass --prompt-embeds FILE.safetensors with "
-            f"'{EMBEDS}' of shape (L, {self.spec.text_dim})"
+            f"model '{self.spec.name}' has no text encoder in its bundle: pass --text-encoder PATH, or --prompt-embeds "
+            f"FILE.safetensors with '{EMBEDS}' of shape (L, {self.spec.text_dim})"
         )
 
     def decoder(self) -> Decoder | None:
-        """Latents to pixels: the demo's codec; None for models whose VAE is not in the bundle."""
+        """Latents to pixels, for one stream: what `decoders` makes, or the demo's codec; None where there is neither."""
+        if self.decoders is not None:
+            return self.decoders()
         if self.spec.name != DEMO:
             return None
         from ispa_deploy.demo.codec import BlockCodec
@@ -99,13 +110,21 @@ class Bundle:
         """A stream of this bundle. `switches`: (frame, prompt). `deltas` must have been fitted under these options."""
         if deltas is not None:
             options = deltas.options(options)
+        first, *later = self._texts([prompt, *(text for _, text in switches)])
         return open_stream(
-            self.model, self.text_rows(prompt, self.prompt_embeds).to(self.model.device), options,
+            self.model, first, options,
             decoder=self.decoder() if decode else None,
             deltas=deltas.to(self.model.device) if deltas is not None else None,
-            switches=[(frame, self.text_rows(text).to(self.model.device)) for frame, text in switches],
+            switches=[(frame, rows) for (frame, _), rows in zip(switches, later, strict=True)],
             initial=initial,
         )  # fmt: skip
+
+    def _texts(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Rows of a stream's prompts on the model's device; a text encoder is opened once for all of them."""
+        given = [] if self.prompt_embeds is None else [self.text_rows(prompts[0], self.prompt_embeds)]
+        rest = prompts[len(given) :]
+        rows = self.prompts.rows(rest) if self.prompts is not None else [self.text_rows(prompt) for prompt in rest]
+        return [row.to(self.model.device) for row in (*given, *rows)]
 
 
 def open_bundle(
@@ -115,13 +134,16 @@ def open_bundle(
     dtype: torch.dtype | None = None,
     verify: bool = True,
     prompt_embeds: Path | None = None,
+    allow_fallback: bool = False,
 ) -> Bundle:
     """Read a bundle. `dtype` casts what stayed floating point; None keeps it, but for float16 on a CPU.
 
     CPUs are slow in float16, and float32 holds the same numbers.
 
     `verify` compares every file with its digest; names, sizes, shapes, dtypes and finite numbers are always checked.
-    Raises InputError naming the file, or the tensor, that cannot be used.
+    `allow_fallback` lets simulated arithmetic stand in for 8-bit kernels that do not run on `device`.
+
+    Raises InputError naming the file, or the tensor, that cannot be used, or the scheme that `device` cannot run.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -148,7 +170,7 @@ def open_bundle(
                 state[name] = _tensor(file.get_tensor(name), name, casts[name], str(path))
     model.load_state_dict(state, assign=True)
     del state  # so that preparing a layer frees its plain codes
-    prepare_(model)
+    prepare_(model, allow_fallback=allow_fallback)
     return Bundle(model.eval().requires_grad_(False), manifest, folder, prompt_embeds)
 
 
@@ -208,8 +230,12 @@ def _skeleton(manifest: Manifest) -> CausalWanDiT:
     """The network without storage, with empty quantised layers where the manifest says so."""
     with torch.device("meta"):
         model = CausalWanDiT(manifest.spec)
-    empty_quantised_(model, SCHEMES[manifest.scheme], manifest.quantised)
+    empty_quantised_(model, SCHEMES[manifest.scheme], manifest.quantised, _plan(manifest))
     return model
+
+
+def _plan(manifest: Manifest) -> Plan | None:
+    return Plan.from_dict(manifest.plan, "recipe.plan") if manifest.plan is not None else None
 
 
 def _casts(
@@ -218,10 +244,14 @@ def _casts(
     """What each tensor becomes; None: as stored. InputError where the stored dtype is not the layer's."""
     casts: dict[str, torch.dtype | None] = dict.fromkeys(found, dtype)
     codes: dict[str, tuple[str, ...]] = dict.fromkeys(found, FLOATS)
+    plan = _plan(manifest)
     for name in manifest.quantised:
-        codes[f"{name}.weight"], codes[f"{name}.weight_scale"] = ("I8",), ("F32",)
+        layer = scheme_of(name, SCHEMES[manifest.scheme], plan).layer
+        assert layer != "float", "refused when the network was made"
         # Scales belong to the codes, and the kernels add the bias in float32.
-        casts.update({f"{name}.weight": None, f"{name}.weight_scale": None, f"{name}.bias": torch.float32})
+        scales = [f"{name}.{which}_scale" for which in ("weight", "input") if f"{name}.{which}_scale" in found]
+        codes.update({f"{name}.weight": (CODES[LAYERS[layer].code_dtype],), **dict.fromkeys(scales, ("F32",))})
+        casts.update({f"{name}.weight": None, **dict.fromkeys(scales), f"{name}.bias": torch.float32})
     wrong = [f"{name} {found[name][0]}" for name in sorted(found) if found[name][0] not in codes[name]]
     if wrong:
         expected = " or ".join(codes[wrong[0].split(" ")[0]])
@@ -232,7 +262,10 @@ def _casts(
 def _tensor(tensor: Tensor, name: str, dtype: torch.dtype | None, where: str) -> Tensor:
     if not tensor.is_floating_point():
         return aligned(tensor)
+    if tensor.dtype == torch.float8_e4m3fn:
+        check_finite(tensor.to(torch.bfloat16), name, f"'{where}'")
+        return aligned(tensor)
     check_finite(tensor, name, f"'{where}'")
-    if name.endswith(".weight_scale") and not bool((tensor > 0).all()):
+    if name.endswith((".weight_scale", ".input_scale")) and not bool((tensor > 0).all()):
         raise InputError(f"'{where}': {name} holds a scale of 0 or less: expected positive scales; the file is damaged")
     return aligned(tensor if dtype is None else check_finite(tensor.to(dtype), f"{name} in {dtype}", f"'{where}'"))

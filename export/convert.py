@@ -18,7 +18,10 @@ from export.sources import NAMED, Say, Weights, empty, load_source, open_weights
 from export.tensors import Entry
 from export.write import SHARD_BYTES, check_target, write_bundle, write_entries
 from ispa_deploy.specs import ModelSpec, spec_for
-from quant.convert import Report, Row, convert_linear, plan, quantise_
+from quant.convert import Report, Row, convert_linear, kept, quantise_, scheme_of
+from quant.layers import LAYERS
+from quant.measure import plan_for
+from quant.plan import Plan
 from quant.schemes import Scheme
 
 
@@ -34,23 +37,27 @@ def quantise_source(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    plan: str = "none",
+    candidates: Sequence[Scheme] = (),
     say: Say = quiet,
 ) -> tuple[Path, Report]:
     """Write the bundle of `demo`, `random` or a checkpoint; the folder and what was done to each linear.
 
-    Arguments as in `load_source`, `quantise_` and `write_bundle`, and so are the errors.
+    Arguments as in `load_source`, `quantise_` and `write_bundle`, and so are the errors. `plan`: `none`, `auto` or a
+    file, as in `quant.measure.plan_for`; `candidates`: what `auto` may choose from, by default `scheme` alone.
     """
     check_target(out, overwrite)  # before minutes of work
     spec = spec_for(model) if isinstance(model, str) else model
     if str(source) not in NAMED:
         return convert_checkpoint(
             source, out, spec=spec, scheme=scheme, skip=skip, lora=lora, lora_alpha=lora_alpha, dtype=dtype,
-            overwrite=overwrite, say=say,
+            overwrite=overwrite, plan=plan, candidates=candidates, say=say,
         )  # fmt: skip
     network, origin = load_source(
         source, model=spec, dtype=dtype, seed=seed, lora=lora, lora_alpha=lora_alpha, say=say
     )
-    report = quantise_(network, scheme, skip=skip)
+    planned = plan_for(plan, network, network.spec, candidates or [scheme], skip=skip)
+    report = quantise_(network, scheme, skip=skip, plan=planned)
     return write_bundle(
         out, network, scheme=scheme, report=report, source=origin, skip=skip, overwrite=overwrite
     ), report
@@ -67,6 +74,8 @@ def convert_checkpoint(
     lora_alpha: float | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    plan: str = "none",
+    candidates: Sequence[Scheme] = (),
     shard_bytes: int = SHARD_BYTES,
     say: Say = quiet,
 ) -> tuple[Path, Report]:
@@ -75,7 +84,9 @@ def convert_checkpoint(
     Raises InputError for what does not fit, RunError when the disk refuses; nothing is left of the bundle then.
     """
     weights = open_weights(source, spec=spec, dtype=dtype, lora=lora, lora_alpha=lora_alpha, say=say)
-    conversion = _Conversion(weights, scheme, plan(empty(weights.spec), scheme, skip))
+    network = empty(weights.spec).to(weights.dtype)
+    planned = plan_for(plan, network, weights.spec, candidates or [scheme], skip=skip)
+    conversion = _Conversion(weights, scheme, kept(network, scheme, skip, planned), planned)
     folder = write_entries(
         out, conversion.entries(), spec=weights.spec, dtype=weights.dtype, scheme=scheme, report=conversion.report,
         source=weights.source, skip=skip, overwrite=overwrite, shard_bytes=shard_bytes,
@@ -85,16 +96,17 @@ def convert_checkpoint(
 
 @dataclass(frozen=True)
 class _Conversion:
-    """A checkpoint on its way into a bundle. `reasons`: `quant.convert.plan`; `rows` fills while entries are read."""
+    """A checkpoint on its way into a bundle. `reasons`: `quant.convert.kept`; `rows` fills while entries are read."""
 
     weights: Weights
     scheme: Scheme
     reasons: dict[str, str | None]
+    plan: Plan | None = None
     rows: dict[str, Row] = field(default_factory=dict)
 
     def report(self) -> Report:
         """What was done, in the model's order; whole once every entry was read."""
-        return Report(self.scheme.name, tuple(self.rows[name] for name in self.reasons))
+        return Report(self.scheme.name, tuple(self.rows[name] for name in self.reasons), self.plan)
 
     def entries(self) -> dict[str, Entry]:
         """Every tensor of the bundle, as `export.write.stored_entries` would give them."""
@@ -118,6 +130,8 @@ class _Conversion:
     def _layer_entries(self, name: str, linear: nn.Linear) -> dict[str, Entry]:
         """Codes and scales; whichever is read first converts the layer, and what was read is let go."""
         held: dict[str, Tensor] = {}
+        kind = scheme_of(name, self.scheme, self.plan).layer
+        assert kind != "float", "only layers that are converted come here"
 
         def part(which: str) -> Tensor:
             if not held:
@@ -125,7 +139,7 @@ class _Conversion:
             return held.pop(which)
 
         return {
-            f"{name}.weight": Entry(torch.int8, tuple(linear.weight.shape), lambda: part("weight")),
+            f"{name}.weight": Entry(LAYERS[kind].code_dtype, tuple(linear.weight.shape), lambda: part("weight")),
             f"{name}.weight_scale": Entry(torch.float32, (linear.out_features, 1), lambda: part("weight_scale")),
         }
 
@@ -134,6 +148,6 @@ class _Conversion:
         full.weight = nn.Parameter(self.weights.read(f"{name}.weight"), requires_grad=False)
         if linear.bias is not None:
             full.bias = nn.Parameter(self.weights.read(f"{name}.bias"), requires_grad=False)
-        layer, self.rows[name] = convert_linear(name, full, self.scheme, None)
+        layer, self.rows[name] = convert_linear(name, full, scheme_of(name, self.scheme, self.plan), None)
         assert layer is not None
         return {"weight": layer.codes(), "weight_scale": layer.weight_scale}

@@ -78,7 +78,10 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The content of `ispa.json`. `dtype` is of the tensors that stayed floating point; `files` is all but itself."""
+    """The content of `ispa.json`. `dtype` is of the tensors that stayed floating point; `files` is all but itself.
+
+    `plan`: that of `quant.plan.Plan.to_dict`, where the layers' schemes were measured.
+    """
 
     spec: ModelSpec
     dtype: str
@@ -89,6 +92,7 @@ class Manifest:
     source: Source
     versions: Mapping[str, str]
     files: Mapping[str, FileDigest]
+    plan: Mapping[str, Any] | None = None
 
     @property
     def base_sha256(self) -> str:
@@ -105,12 +109,13 @@ class Manifest:
         layers = [asdict(layer) for layer in self.layers]
         for layer in layers:
             layer.update(shape=list(layer["shape"]), sqnr_db=finite(layer["sqnr_db"]))
+        planned = {"plan": dict(self.plan)} if self.plan is not None else {}
         return {
             "schema_version": SCHEMA_VERSION,
             "model": self.spec.to_dict(),
             "dtype": self.dtype,
             "scheme": self.scheme,
-            "recipe": {"keep": list(self.keep), "skip": list(self.skip)},
+            "recipe": {"keep": list(self.keep), "skip": list(self.skip), **planned},
             "layers": layers,
             "source": asdict(self.source),
             "versions": dict(self.versions),
@@ -127,7 +132,8 @@ class Manifest:
                 "write the bundle again"
             )
         checked(fields, _FIELDS, where)
-        recipe = checked(fields["recipe"], _RECIPE, f"{where}: recipe")
+        planned = {"plan": dict} if "plan" in fields["recipe"] else {}
+        recipe = checked(fields["recipe"], {**_RECIPE, **planned}, f"{where}: recipe")
         source = Source(**checked(fields["source"], _SOURCE, f"{where}: source"))
         one_of(source.kind, SOURCE_KINDS, f"{where}: source.kind")
         one_of(fields["dtype"], FLOAT_DTYPES, f"{where}: dtype")
@@ -141,6 +147,7 @@ class Manifest:
             source=source,
             versions={str(name): str(value) for name, value in fields["versions"].items()},
             files={name: _digest(name, row, where) for name, row in fields["files"].items()},
+            plan=recipe.get("plan"),
         )
 
 

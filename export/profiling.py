@@ -16,7 +16,7 @@ from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions
 from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
-from quant import SCHEMES, Int8Linear, quantise_, resolve
+from quant import SCHEMES, QuantisedLinear, quantise_, resolve
 from quant.audit import audit
 
 Say = Callable[[str], None]
@@ -92,12 +92,12 @@ def dequantised(model: CausalWanDiT) -> CausalWanDiT:
     twin = copy.deepcopy(model)
     for parent in twin.modules():
         for name, child in parent.named_children():
-            if isinstance(child, Int8Linear):
+            if isinstance(child, QuantisedLinear):
                 setattr(parent, name, _floating(child, model.dtype))
     return twin
 
 
-def _floating(layer: Int8Linear, dtype: torch.dtype) -> Linear:
+def _floating(layer: QuantisedLinear, dtype: torch.dtype) -> Linear:
     weight = layer.reference_weight().to(dtype)
     linear = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)

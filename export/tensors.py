@@ -28,6 +28,7 @@ Shape = tuple[int, ...]
 
 CODES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
 ALIGNMENT = 64
 FLOATS = ("F32", "BF16", "F16")

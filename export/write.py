@@ -26,9 +26,9 @@ from export.tensors import Entry, write_tensors
 from ispa_deploy.errors import InputError, RunError
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.specs import ModelSpec
-from quant.convert import Report
-from quant.linear import Int8Linear
-from quant.schemes import Scheme
+from quant.convert import Report, scheme_of
+from quant.linear import QuantisedLinear
+from quant.schemes import SCHEMES, LayerKind, Scheme
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -82,6 +82,7 @@ def write_entries(
             manifest = Manifest(
                 spec=spec, dtype=str(dtype).removeprefix("torch."), scheme=scheme.name, keep=scheme.keep,
                 skip=tuple(skip), layers=_layers(report()), source=source, versions=current_versions(), files=files,
+                plan=planned.to_dict() if (planned := report().plan) else None,
             )  # fmt: skip
             _write_json(partial / MANIFEST, manifest.to_dict())
     except OSError as error:
@@ -98,10 +99,11 @@ def stored_entries(model: CausalWanDiT) -> dict[str, Entry]:
         own: dict[str, Tensor] = {
             f"{prefix}.{name}".lstrip("."): value for name, value in module.named_parameters(recurse=False)
         }
-        if isinstance(module, Int8Linear):
+        if isinstance(module, QuantisedLinear):
             shape = (module.out_features, module.in_features)
-            own[f"{prefix}.weight_scale"] = module.weight_scale
-            entries[f"{prefix}.weight"] = Entry(torch.int8, shape, module.codes)
+            scales = {name: value for name, value in module.named_buffers(recurse=False) if name.endswith("_scale")}
+            own.update({f"{prefix}.{name}": value for name, value in scales.items()})
+            entries[f"{prefix}.weight"] = Entry(module.code_dtype, shape, module.codes)
             if module.bias is not None:
                 own[f"{prefix}.bias"] = _narrowed(module.bias, model.dtype)
         entries.update({name: Entry.of(value) for name, value in own.items()})
@@ -118,25 +120,40 @@ def config(spec: ModelSpec, report: Report) -> dict[str, Any]:
     extra = {"patch_size": list(spec.patch), "text_dim": spec.text_dim}
     fields.update({name: value for name, value in extra.items() if value != _WAN_DEFAULTS[name]})
     if report.quantised:
-        fields["quantization_config"] = compressed_tensors([row.name for row in report.rows if not row.quantised])
+        kept = [row.name for row in report.rows if not row.quantised]
+        kinds = {name: scheme_of(name, SCHEMES[report.scheme], report.plan).layer for name in report.quantised}
+        fields["quantization_config"] = compressed_tensors(kept, kinds)
     return fields
 
 
-def compressed_tensors(kept: list[str]) -> dict[str, Any]:
-    """`quantization_config` as compressed-tensors reads it; `kept`: the linears that stayed in floating point."""
+def compressed_tensors(kept: list[str], kinds: Mapping[str, LayerKind] | None = None) -> dict[str, Any]:
+    """`quantization_config` as compressed-tensors reads it; `kept`: the linears that stayed in floating point.
+
+    `kinds`: the layer kind of every quantised linear by name; all int8 where that is left out.
+    """
+    groups: dict[tuple[bool, bool], list[str]] = {}  # whether e4m3, whether static
+    for name, kind in (kinds or {"": "int8"}).items():
+        groups.setdefault((kind == "fp8", kind == "int8-static"), []).append(name)
+    formats = {"float-quantized" if is_float else "int-quantized" for is_float, _ in groups}
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**_EIGHT_BITS, "strategy": "channel", "dynamic": False},
-                "input_activations": {**_EIGHT_BITS, "strategy": "token", "dynamic": True},
-            }
+            f"group_{index}": _group(names if len(groups) > 1 else ["Linear"], *key)
+            for index, (key, names) in enumerate(sorted(groups.items()))
         },
         "ignore": kept,
         "kv_cache_scheme": None,
+    }
+
+
+def _group(targets: list[str], is_float: bool, static: bool) -> dict[str, Any]:
+    bits = {**_EIGHT_BITS, "type": "float" if is_float else "int"}
+    return {
+        "targets": targets,
+        "weights": {**bits, "strategy": "channel", "dynamic": False},
+        "input_activations": {**bits, "strategy": "tensor" if static else "token", "dynamic": not static},
     }
 
 

@@ -83,12 +83,17 @@ def print_profile(document: dict[str, Any]) -> None:
 
 
 def write_reports(document: dict[str, Any], folder: Path | None) -> None:
-    """`report.json` and `report.md` in a folder, which is made if need be."""
+    """The report as JSON, Markdown, HTML, CSV and trace in a folder, which is made if need be."""
     if folder is None:
         return
+    from ispa_deploy.profile.csv import csv
+    from ispa_deploy.profile.html import html
     from ispa_deploy.profile.table import markdown
+    from ispa_deploy.profile.trace import trace
 
     folder.mkdir(parents=True, exist_ok=True)
+    for name, text in {"report.html": html, "report.csv": csv, "trace.json": trace}.items():
+        write_text(folder / name, text(document))
     write_text(folder / "report.json", to_json(document) + "\n")
     write_text(folder / "report.md", "\n\n".join(markdown(report) for report in document["reports"]) + "\n")
 

@@ -5,15 +5,11 @@ The stream itself knows nothing of files, clocks or signals; all of that is here
 
 from __future__ import annotations
 
-import math
 import os
 import signal
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,47 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ispa_deploy.delta import DELTA_MODES, Delta
-from ispa_deploy.errors import InputError, RunError, known_names
-from ispa_deploy.media.output import output_path, partial_path
+from ispa_deploy.errors import RunError, known_names
+from ispa_deploy.media.output import partial_path
 from ispa_deploy.media.sheet import contact_sheet
 from ispa_deploy.media.video import VideoWriter
 from ispa_deploy.stream import Chunk, Decoder, Stream
+from ispa_deploy.tally import Outputs, Progress, Tally, keep, progress_of, report_of
 
-
-@dataclass(frozen=True)
-class Outputs:
-    """Files to write; None: not wanted. `scale` enlarges tiny videos by whole pixels."""
-
-    video: Path | None = None
-    sheet: Path | None = None
-    latents: Path | None = None
-    scale: int = 1
-    label: str = ""
-
-    def check(self, decodes: bool) -> None:
-        """InputError for a file that could not be written, before any work is done."""
-        if not decodes and (self.video or self.sheet):
-            raise InputError("this bundle has no decoder to pixels: ask for --latents FILE.safetensors instead")
-        for path, suffix, what in (
-            (self.video, ".mp4", "video"),
-            (self.sheet, ".png", "contact sheet"),
-            (self.latents, ".safetensors", "latents"),
-        ):
-            if path is not None:
-                output_path(path, suffix, what)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One finished chunk, for a progress bar. `kv_bytes` are persistent; `state` is the absorber's, in words."""
-
-    chunk: int
-    chunks: int
-    seconds: float
-    fps: float
-    eta: float
-    kv_bytes: int
-    state: str
+__all__ = ["Outputs", "Progress", "out_of_memory", "run_stream", "stop_on_interrupt"]
 
 
 class _Stopwatch:
@@ -108,19 +71,6 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-@dataclass
-class _Tally:
-    """What is measured while the stream runs."""
-
-    seconds: list[float] = field(default_factory=list)
-    kv_bytes: list[int] = field(default_factory=list)
-    latents: list[Tensor] = field(default_factory=list)
-    pixels: list[Tensor] = field(default_factory=list)
-    delta_modes: list[str] = field(default_factory=list)
-    statistics_bytes: int = 0
-    frames: int = 0
-
-
 def run_stream(
     stream: Stream,
     outputs: Outputs | None = None,
@@ -136,7 +86,7 @@ def run_stream(
     outputs = outputs or Outputs()
     outputs.check(stream.decoder is not None)
     _check_delta_mode(stream)
-    spec, device, tally = stream.model.spec, stream.model.device, _Tally()
+    spec, device, tally = stream.model.spec, stream.model.device, Tally()
     watch = _Stopwatch(stream.decoder, device) if stream.decoder else None
     stream.decoder = watch
     started = time.perf_counter()
@@ -151,17 +101,17 @@ def run_stream(
             _settle(device)
             tally.seconds.append(time.perf_counter() - clock)
             _check_finite(stream, chunk)
-            _keep(tally, chunk, stream, outputs)
+            keep(tally, chunk, stream, outputs)
             if video and chunk.pixels is not None:
                 video.write(chunk.pixels[0])
             if on_progress:
-                on_progress(_progress(stream, tally, time.perf_counter() - started))
+                on_progress(progress_of(stream, tally, time.perf_counter() - started))
             if stop():
                 break
             clock = time.perf_counter()
     wall = time.perf_counter() - started
     _write(outputs, tally)
-    return _report(stream, tally, wall, watch.seconds if watch else 0.0, outputs)
+    return report_of(stream, tally, wall, watch.seconds if watch else 0.0, outputs)
 
 
 @contextmanager
@@ -178,7 +128,7 @@ def _check_delta_mode(stream: Stream) -> None:
     absorber = stream.absorber
     if absorber.mode not in DELTA_MODES:
         raise known_names("delta mode", absorber.mode, DELTA_MODES)
-    if not absorber.policy.absorbs:
+    if not absorber.policy.absorbs or absorber.mode == "auto":
         return
     for target in {type(target): target for target in absorber.targets}.values():
         weight = target.reference_weight()
@@ -196,7 +146,7 @@ def _check_finite(stream: Stream, chunk: Chunk) -> None:
 
 
 @contextmanager
-def _memory_errors(stream: Stream, tally: _Tally) -> Iterator[None]:
+def _memory_errors(stream: Stream, tally: Tally) -> Iterator[None]:
     """Out of memory in one line: what the stream holds, and what would hold less."""
     try:
         yield
@@ -224,31 +174,7 @@ def _mib(count: float) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def _keep(tally: _Tally, chunk: Chunk, stream: Stream, outputs: Outputs) -> None:
-    tally.frames += chunk.frames
-    tally.kv_bytes.append(stream.cache.persistent_bytes())
-    tally.delta_modes = sorted({target.delta_mode for target in stream.absorber.targets if target.delta_mode})
-    tally.statistics_bytes = max(tally.statistics_bytes, stream.absorber.statistics_bytes())
-    if outputs.latents:
-        tally.latents.append(chunk.latents.cpu())
-    if outputs.sheet and chunk.pixels is not None:
-        tally.pixels.append(chunk.pixels[0].cpu())
-
-
-def _progress(stream: Stream, tally: _Tally, wall: float) -> Progress:
-    done, total = len(tally.seconds), len(stream.chunks)
-    return Progress(
-        chunk=done,
-        chunks=total,
-        seconds=wall,
-        fps=stream.model.spec.pixel_frames(tally.frames) / wall,
-        eta=(total - done) * statistics.median(tally.seconds),
-        kv_bytes=tally.kv_bytes[-1],
-        state=stream.absorber.describe(),
-    )
-
-
-def _write(outputs: Outputs, tally: _Tally) -> None:
+def _write(outputs: Outputs, tally: Tally) -> None:
     if outputs.sheet and tally.pixels:
         contact_sheet([(outputs.label, torch.cat(tally.pixels))], outputs.sheet, scale=max(1, outputs.scale // 2))
     if outputs.latents and tally.latents:
@@ -260,55 +186,3 @@ def _write(outputs: Outputs, tally: _Tally) -> None:
             raise RunError(f"latents '{outputs.latents}' could not be written: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
-
-
-def _report(stream: Stream, tally: _Tally, wall: float, decoding: float, outputs: Outputs) -> dict[str, Any]:
-    spec, cache, absorber = stream.model.spec, stream.cache, stream.absorber
-    generating, pixel_frames = sum(tally.seconds) - decoding, spec.pixel_frames(tally.frames)
-    warm = len(tally.seconds) // 2  # the second half: past warm-up and transition in any stream worth timing
-    return {
-        "model": spec.name,
-        "options": _options(stream),
-        "frames": tally.frames,
-        "pixel_frames": pixel_frames,
-        "chunks": len(tally.seconds),
-        "complete": len(tally.seconds) == len(stream.chunks),
-        "wall_s": wall,
-        "chunk_ms": [1e3 * seconds for seconds in tally.seconds],
-        "steady_chunk_ms": 1e3 * statistics.median(tally.seconds[warm:]) if tally.seconds else math.nan,
-        "fps": {
-            "dit": pixel_frames / generating,
-            "with_vae": pixel_frames / (generating + decoding),
-            "wall": pixel_frames / wall,
-        },
-        "kv": {
-            "persistent_bytes": cache.persistent_bytes(),
-            "full_bytes": cache.full_bytes(),
-            "percent": 100 * cache.persistent_bytes() / cache.full_bytes(),
-            "scratch_bytes": cache.scratch_bytes(),
-            "per_chunk_bytes": tally.kv_bytes,
-        },
-        "delta_modes": tally.delta_modes,
-        "delta_bytes": sum(delta.nbytes for delta in absorber.deltas.values()),
-        "statistics_bytes": tally.statistics_bytes,
-        "absorption": absorber.report(),
-        "outputs": {
-            name: str(path) for name in ("video", "sheet", "latents") if (path := getattr(outputs, name)) is not None
-        },
-    }
-
-
-def _options(stream: Stream) -> dict[str, Any]:
-    """What the stream ran under, read from the stream itself."""
-    absorber, cache = stream.absorber, stream.cache
-    return {
-        **asdict(absorber.settings),
-        "ratio": absorber.choice.ratio,
-        "layers": absorber.choice.layers,
-        "delta": absorber.mode,
-        "recent_frames": cache.recent,
-        "window": cache.spec.window_frames,
-        "attention": cache.backend,
-        "device": str(stream.model.device),
-        "dtype": str(stream.model.dtype).removeprefix("torch."),
-    }

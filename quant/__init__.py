@@ -17,18 +17,29 @@ if TYPE_CHECKING:
     from quant.audit import assert_ran
     from quant.convert import Report, empty_quantised_, prepare_, quantise_
     from quant.kernels import QuantisedRows
-    from quant.linear import Int8Linear
+    from quant.layers import Fp8Linear, StaticInt8Linear
+    from quant.linear import Int8Linear, QuantisedLinear
+    from quant.measure import call_rows, make_plan, plan_for
     from quant.memory import tune_allocator
+    from quant.plan import Plan, load_plan
     from quant.schemes import SCHEMES, Scheme, resolve
 
 __all__ = [
     "SCHEMES",
+    "Fp8Linear",
     "Int8Linear",
+    "Plan",
+    "QuantisedLinear",
     "QuantisedRows",
     "Report",
     "Scheme",
+    "StaticInt8Linear",
     "assert_ran",
+    "call_rows",
     "empty_quantised_",
+    "load_plan",
+    "make_plan",
+    "plan_for",
     "prepare_",
     "quantise_",
     "resolve",
@@ -39,7 +50,10 @@ _HOME = {
     **dict.fromkeys(("SCHEMES", "Scheme", "resolve"), "schemes"),
     **dict.fromkeys(("Report", "empty_quantised_", "prepare_", "quantise_"), "convert"),
     "assert_ran": "audit",
-    "Int8Linear": "linear",
+    **dict.fromkeys(("Int8Linear", "QuantisedLinear"), "linear"),
+    **dict.fromkeys(("Fp8Linear", "StaticInt8Linear"), "layers"),
+    **dict.fromkeys(("call_rows", "make_plan", "plan_for"), "measure"),
+    **dict.fromkeys(("Plan", "load_plan"), "plan"),
     "QuantisedRows": "kernels",
     "tune_allocator": "memory",
 }

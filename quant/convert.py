@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,11 +11,13 @@ from torch import nn
 
 from ispa_deploy.errors import InputError
 from ispa_deploy.linear import Linear
-from quant.linear import Int8Linear
+from quant.kernels import runs
+from quant.layers import LAYERS, StaticInt8Linear
+from quant.linear import QuantisedLinear
+from quant.plan import Plan
 from quant.primitives import check_finite, sqnr_db
-from quant.schemes import LayerKind, Scheme
+from quant.schemes import SCHEMES, Scheme
 
-LAYERS: dict[LayerKind, type[Int8Linear]] = {"int8": Int8Linear}
 # At or below this width the passes around the product cost what eight bits win.
 NO_GAIN_WIDTH = 256
 
@@ -35,10 +37,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a conversion did to every linear layer of a model, in the model's order."""
+    """What a conversion did to every linear layer of a model, in the model's order, and the plan it followed."""
 
     scheme: str
     rows: tuple[Row, ...]
+    plan: Plan | None = None
 
     @property
     def quantised(self) -> tuple[str, ...]:
@@ -66,41 +69,62 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"scheme": self.scheme, "layers": [asdict(row) for row in self.rows]}
+        planned = {"plan": self.plan.to_dict()} if self.plan is not None else {}
+        return {"scheme": self.scheme, "layers": [asdict(row) for row in self.rows], **planned}
 
 
-def quantise_(model: nn.Module, scheme: Scheme, *, skip: Sequence[str] = ()) -> Report:
+def quantise_(
+    model: nn.Module,
+    scheme: Scheme,
+    *,
+    skip: Sequence[str] = (),
+    plan: Plan | None = None,
+    ranges: Mapping[str, float] | None = None,
+) -> Report:
     """Replace the model's linears by `scheme`'s, in place; the floating weights are released one by one.
 
-    `skip`: more regular expressions beside the scheme's own; each must match a linear. Raises `InputError` for a
-    pattern that is malformed or matches nothing, for a weight that is not finite, and when a scheme other than `none`
-    converts no layer at all; the model is then as it was.
+    `skip`: more regular expressions beside the scheme's own; each must match a linear. `plan`: for every linear that
+    is not kept anyway its own scheme. `ranges`: largest magnitude seen at each linear's input, for static schemes.
+    Layers whose kernels do not run on this device keep their plain codes, ready to be written or moved.
+
+    Raises `InputError` for a pattern that is malformed or matches nothing, for a weight that is not finite, for a
+    missing range, for a plan of another model, and when a scheme other than `none` converts no layer at all without a
+    plan that says so; the model is then as it was.
     """
-    reasons = plan(model, scheme, skip)
-    linears = _linears(model)
+    reasons = kept(model, scheme, skip, plan)
+    linears, amax = _linears(model), ranges or {}
     for name, reason in reasons.items():
         if reason is None:
             check_finite(linears[name].weight, f"{name}.weight")
+            _check_range(name, scheme_of(name, scheme, plan), amax)
     rows = []
     for name, reason in reasons.items():
         linear = linears.pop(name)  # the last reference but the model's: its weight goes when it is replaced
-        layer, row = convert_linear(name, linear, scheme, reason)
+        layer, row = convert_linear(name, linear, scheme_of(name, scheme, plan), reason, amax.get(name))
         rows.append(row)
         if layer is not None:
             _replace(model, {name: layer})
-            layer.prepare()
-    return Report(scheme.name, tuple(rows))
+            if runs(layer.family, str(linear.weight.device)):
+                layer.prepare()
+    return Report(scheme.name, tuple(rows), plan)
 
 
-def plan(model: nn.Module, scheme: Scheme, skip: Sequence[str] = ()) -> dict[str, str | None]:
+def kept(
+    model: nn.Module, scheme: Scheme, skip: Sequence[str] = (), plan: Plan | None = None
+) -> dict[str, str | None]:
     """Every linear of the model, in its order, and why it stays in floating point; None where it is to be converted.
 
-    Needs no weights: a model on the meta device will do. Raises `InputError` as `quantise_` does for its patterns.
+    Needs no weights: a model on the meta device will do. Raises `InputError` as `quantise_` does for patterns and plan.
     """
     linears = _linears(model)
     _check_patterns(skip, linears)
     reasons = {name: _kept_because(name, linear, scheme, skip) for name, linear in linears.items()}
-    if scheme.layer != "float" and all(reasons.values()):
+    if plan is not None:
+        for name, linear in linears.items():
+            if reasons[name] is None:
+                row = plan.layer(name, (linear.out_features, linear.in_features))
+                reasons[name] = f"plan: {row.why}" if row.scheme == "none" else None
+    elif scheme.layer != "float" and all(reasons.values()):
         raise InputError(
             f"scheme {scheme.name} on a model of {len(linears)} linears: all are kept in floating point, expected at "
             "least one to convert; remove a skip pattern or choose the scheme none"
@@ -108,41 +132,73 @@ def plan(model: nn.Module, scheme: Scheme, skip: Sequence[str] = ()) -> dict[str
     return reasons
 
 
+def scheme_of(name: str, scheme: Scheme, plan: Plan | None) -> Scheme:
+    """The scheme of one linear: the plan's where that has the layer, else the model's."""
+    row = plan.find(name) if plan is not None else None
+    return scheme if row is None else SCHEMES[row.scheme]
+
+
 def convert_linear(
-    name: str, linear: nn.Linear, scheme: Scheme, reason: str | None
-) -> tuple[Int8Linear | None, Row]:
-    """One linear in `scheme`, not yet packed, or None where `plan` gave a `reason` to keep it; and its row."""
-    layer = None if reason else LAYERS[scheme.layer].from_float(linear, f"{name}.weight")
+    name: str, linear: nn.Linear, scheme: Scheme, reason: str | None, amax: float | None = None
+) -> tuple[QuantisedLinear | None, Row]:
+    """One linear in `scheme`, not yet packed, or None where `kept` gave a `reason` to keep it; and its row."""
+    layer = None if reason else make_layer(linear, scheme, f"{name}.weight", amax)
     return layer, _row(name, linear, layer, reason)
 
 
-def empty_quantised_(model: nn.Module, scheme: Scheme, names: Iterable[str]) -> None:
+def make_layer(linear: nn.Linear, scheme: Scheme, name: str, amax: float | None = None) -> QuantisedLinear:
+    """One linear as a layer of `scheme`, which is not `none`; `amax` is its calibrated range, for a static scheme."""
+    assert scheme.layer != "float"
+    kind = LAYERS[scheme.layer]
+    if issubclass(kind, StaticInt8Linear):
+        _check_range(name, scheme, {} if amax is None else {name: amax})
+        assert amax is not None
+        return kind.calibrated(linear, amax, name)
+    return kind.from_float(linear, name)
+
+
+def empty_quantised_(model: nn.Module, scheme: Scheme, names: Iterable[str], plan: Plan | None = None) -> None:
     """Replace the named linears by empty layers of `scheme`, on their device (meta included), for loading a bundle.
 
-    Load the state, then `prepare_`. Raises `InputError` when a name is not a linear of this model.
+    A `plan` gives layers schemes of their own. Load the state, then `prepare_`. Raises `InputError` when a name is not
+    a linear of this model.
     """
     layers: dict[str, nn.Module] = {}
     modules = dict(model.named_modules())
     for name in names:
         linear = modules.get(name)
-        if not isinstance(linear, Linear):
+        own = scheme_of(name, scheme, plan)
+        if not isinstance(linear, Linear) or own.layer == "float":
             raise InputError(f"quantised layer '{name}' of the bundle is no linear of this model; choose its own model")
-        kind = LAYERS[scheme.layer]
-        layers[name] = kind(
+        layers[name] = LAYERS[own.layer](
             linear.in_features, linear.out_features, linear.bias is not None, device=linear.weight.device
         )
     _replace(model, layers)
 
 
-def prepare_(model: nn.Module) -> None:
-    """Pack every quantised layer for its kernel now rather than on its first call."""
+def prepare_(model: nn.Module, *, allow_fallback: bool = False) -> None:
+    """Pack every quantised layer for its kernel now rather than on its first call.
+
+    Raises `InputError` where a layer's kernels do not run on its device, unless `allow_fallback` accepts simulated
+    arithmetic.
+    """
     for module in model.modules():
-        if isinstance(module, Int8Linear) and module.weight is not None:
-            module.prepare()
+        if isinstance(module, QuantisedLinear):
+            module.allow_fallback = allow_fallback
+            if module.weight is not None:
+                module.prepare()
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _check_range(name: str, scheme: Scheme, ranges: Mapping[str, float]) -> None:
+    if scheme.layer == "int8-static" and name not in ranges:
+        raise InputError(
+            f"scheme {scheme.name} on '{name}': no calibrated activation range, expected one for every layer it "
+            "converts; calibrate first or choose w8a8-int8"
+        )
 
 
 def _check_patterns(skip: Sequence[str], names: Iterable[str]) -> None:
@@ -167,7 +223,7 @@ def _kept_because(name: str, linear: nn.Linear, scheme: Scheme, skip: Sequence[s
     return None if isinstance(linear, Linear) else "a plain nn.Linear, which cannot carry a delta"
 
 
-def _row(name: str, linear: nn.Linear, layer: Int8Linear | None, reason: str | None) -> Row:
+def _row(name: str, linear: nn.Linear, layer: QuantisedLinear | None, reason: str | None) -> Row:
     before = linear.weight.nbytes + (0 if linear.bias is None else linear.bias.nbytes)
     shape = (linear.out_features, linear.in_features)
     if layer is None:

@@ -1,4 +1,4 @@
-"""One façade over every int8 kernel: which one a device gets, where packed weights live, and the count of real calls.
+"""One façade over every 8-bit kernel: which one a device gets, where packed weights live, and the count of real calls.
 
 A packed weight is opaque to `torch.compile`, so it stays in a table here and graphs carry its number; `Resident` owns
 the entry and frees it when the owner dies. Calls are counted where the kernel runs, not where it was asked for.
@@ -11,18 +11,31 @@ import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ispa_deploy.errors import RunError
-from quant import kernels_cpu, kernels_cuda
-from quant.primitives import ZERO_POINT, int_matmul, quantise_rows
+from ispa_deploy.errors import InputError
+from quant import kernels_cpu, kernels_cuda, kernels_float8, kernels_packages
+from quant.primitives import FLOAT8, ZERO_POINT, Activations, int_matmul, quantise_as, quantise_fixed
+
+# Kernels that hold the same codes and take the same activations; a layer belongs to one family.
+Family = Literal["int8", "int8-static", "fp8", "bnb"]
+
+# What a family needs, and what to do where that is missing.
+_NEEDS: dict[Family, str] = {
+    "int8": "a processor or GPU with exact int8 products",
+    "int8-static": "a processor or GPU with exact int8 products",
+    "fp8": "a CUDA GPU of compute capability 8.9 or newer; run it there, quantise with w8a8-int8",
+    "bnb": "bitsandbytes (pip install 'bitsandbytes>=0.50,<0.51'); install it, quantise with w8a8-int8",
+}
+# Of a kernel with rules of its own for the activations, against exact arithmetic.
+_PROBE_TOLERANCE = 2e-2
 
 
 class Kernel(Protocol):
-    """An int8 product for one device type. `exact` is False for floating-point arithmetic: that is `simulated`."""
+    """An 8-bit product for one device type. `exact` is False for floating-point arithmetic: that is `simulated`."""
 
     @property
     def name(self) -> str: ...
@@ -30,8 +43,8 @@ class Kernel(Protocol):
     @property
     def exact(self) -> bool: ...
     @property
-    def unsigned(self) -> bool:
-        """Whether activation codes are uint8 with zero point 128."""
+    def activations(self) -> Activations:
+        """What `quantise` makes of the rows: uint8 with zero point 128, int8, e4m3, or nothing."""
         ...
 
     def fits(self, features: int, outputs: int) -> bool:
@@ -39,15 +52,15 @@ class Kernel(Protocol):
         ...
 
     def pack(self, codes: Tensor) -> Tensor:
-        """(N, K) int8 -> the form the kernel multiplies by, the only one kept."""
+        """(N, K) codes -> the form the kernel multiplies by, the only one kept."""
         ...
 
     def unpack(self, packed: Tensor) -> Tensor:
         """The inverse of `pack`, exact."""
         ...
 
-    def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(M, K) float -> codes (M, K) and float32 scales (M, 1)."""
+    def quantise(self, x: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(M, K) float -> codes (M, K) and float32 scales (M, 1), all of them `step` (1,) where that is given."""
         ...
 
     def multiply(
@@ -98,7 +111,7 @@ class Resident:
         return self.outputs * self.features + self.entry.column.nbytes
 
     def codes(self) -> Tensor:
-        """(N, K) int8, exactly those that were packed."""
+        """(N, K), exactly those that were packed."""
         return self.entry.kernel.unpack(self.entry.packed)
 
 
@@ -123,11 +136,13 @@ def _(codes: Tensor, scale: Tensor, number: Tensor, bias: Tensor | None, outputs
     return codes.new_empty(codes.shape[0], outputs, dtype=dtype)
 
 
-def quantise(x: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor, kernel: Kernel, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(M, K) float -> codes and scales for `kernel`. In a compiled graph plain operations, to fuse with their maker."""
     if x.shape[0] == 0 or torch.compiler.is_compiling():
-        return quantise_rows(x, unsigned=kernel.unsigned)
-    return kernel.quantise(x)
+        if step is not None:
+            return quantise_fixed(x, step, unsigned=kernel.activations == "uint8")
+        return quantise_as(x, kernel.activations)
+    return kernel.quantise(x, step)
 
 
 def multiply(rows: QuantisedRows, weight: Resident, bias: Tensor | None) -> Tensor:
@@ -137,49 +152,102 @@ def multiply(rows: QuantisedRows, weight: Resident, bias: Tensor | None) -> Tens
     return run(rows.codes, rows.scale, weight.number, bias, weight.outputs, rows.source.dtype)
 
 
-def _candidates(device_type: str) -> Sequence[Kernel]:
-    return kernels_cuda.KERNELS if device_type == "cuda" else kernels_cpu.KERNELS
+def candidates(family: Family, device_type: str) -> Sequence[Kernel]:
+    """The family's kernels for a device type, the fastest first, without the stand-in."""
+    cuda = device_type == "cuda"
+    int8: Sequence[Kernel] = (*(kernels_cuda if cuda else kernels_cpu).KERNELS, kernels_packages.TORCHAO)
+    table: dict[Family, Sequence[Kernel]] = {
+        "int8": int8,
+        "int8-static": kernels_cuda.KERNELS if cuda else kernels_cpu.STATIC_KERNELS,
+        "fp8": (kernels_float8.SCALED_MM,),
+        "bnb": (kernels_packages.BITSANDBYTES,),
+    }
+    return table[family]
+
+
+def stand_in(family: Family, device_type: str) -> Kernel:
+    """Floating-point arithmetic on the family's codes."""
+    if family == "fp8":
+        return kernels_float8.SIMULATED
+    return kernels_cuda.SIMULATED if device_type == "cuda" else kernels_cpu.SIMULATED
+
+
+def _probe(kernel: Kernel, weight: Tensor, rows: int, device: str) -> str | None:
+    """Multiply rows of extreme codes by a weight (N, K) of int8 or e4m3 codes; None if the kernel is right."""
+    draw = torch.Generator().manual_seed(rows)
+    extremes = torch.tensor([-128, -127, 127] if weight.dtype == torch.int8 else [-448, -1, 448])
+    codes = extremes[torch.randint(3, (rows, weight.shape[1]), generator=draw)]
+    codes[0] = extremes[0]
+    form = {
+        "uint8": (codes + ZERO_POINT).to(torch.uint8), "int8": codes.to(torch.int8),
+        "float8": codes.float().to(FLOAT8), "float": codes.float(),
+    }[kernel.activations]  # fmt: skip
+    ones = torch.ones(max(weight.shape[0], rows), device=device)
+    whole = kernel.activations in ("uint8", "int8")
+    # Sums of extremes do not fit float16, which bitsandbytes writes.
+    column = ones[: weight.shape[0]] * (1.0 if whole else 2.0**-14)
+    # A bias of zero takes the same way through the kernel as any other.
+    got = kernel.multiply(
+        form.to(device), ones[:rows, None], kernel.pack(weight.to(device)), column, column * 0, torch.float32
+    )
+    if whole:
+        wrong = not torch.equal(got.cpu().to(torch.int64), int_matmul(codes.to(torch.int16), weight))
+        return "not exact on this processor" if wrong else None
+    want = codes.double() @ weight.double().t() * 2.0**-14
+    error = float((got.cpu().double() - want).norm() / want.norm())
+    return None if error <= _PROBE_TOLERANCE else f"relative error {error:.1e} on this device"
 
 
 @functools.cache
 def refusal(kernel: Kernel, device: str) -> str | None:
-    """None when `kernel` multiplies extreme operands exactly on `device`, else why not in a few words. Probed once."""
+    """None when `kernel` multiplies extreme operands right on `device`, else why not in a few words. Probed once."""
     if not kernel.exact:
         return None
     draw = torch.Generator().manual_seed(0)
-    extremes = torch.tensor([-128, -127, 127], dtype=torch.int8)
-    weight = extremes[torch.randint(3, (64, 512), generator=draw)]
-    weight[0], weight[1] = -128, 127
+    if kernel.activations == "float8":
+        weight = torch.tensor([-448.0, -1.0, 448.0])[torch.randint(3, (64, 512), generator=draw)].to(FLOAT8)
+    else:
+        weight = torch.tensor([-128, -127, 127], dtype=torch.int8)[torch.randint(3, (64, 512), generator=draw)]
+        weight[0], weight[1] = -128, 127
     for rows in (1, 32):
-        codes = extremes[torch.randint(3, (rows, 512), generator=draw)]
-        codes[0] = -128
-        if kernel.unsigned:
-            codes = (codes.to(torch.int16) + ZERO_POINT).to(torch.uint8)
-        ones = torch.ones(64, device=device)
         try:
-            packed = kernel.pack(weight.to(device))
-            got = kernel.multiply(codes.to(device), ones[:rows, None], packed, ones, None, torch.float32)
+            why = _probe(kernel, weight, rows, device)
         except Exception as error:  # a back-end that is missing or broken raises whatever it likes: take the next one
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        if not torch.equal(got.cpu().to(torch.int64), int_matmul(codes, weight)):
-            return "not exact on this processor"
+        if why is not None:
+            return why
     return None
 
 
-def kernel_for(device: torch.device, outputs: int, features: int) -> Kernel:
-    """The fastest exact kernel for a weight (N, K) on `device`; the simulated one when there is none."""
-    for kernel in _candidates(device.type):
+def kernel_for(
+    device: torch.device, outputs: int, features: int, family: Family = "int8", *, allow_fallback: bool = False
+) -> Kernel:
+    """The family's fastest right kernel for a weight (N, K) on `device`.
+
+    Where there is none: the stand-in if `allow_fallback`, else InputError that says what is missing and what to do.
+    """
+    for kernel in candidates(family, device.type):
         if kernel.fits(features, outputs) and refusal(kernel, str(device)) is None:
             return kernel
-    raise RunError(f"no linear kernel for device '{device}' and a weight of {outputs} x {features}")
+    if allow_fallback:
+        return stand_in(family, device.type)
+    raise InputError(
+        f"{family} linear of {outputs} x {features} on device '{device}': {describe(str(device), family)}; expected "
+        f"{_NEEDS[family]}, or allow the fallback to simulated arithmetic"
+    )
 
 
-def describe(device: str) -> str:
+def runs(family: Family, device: str) -> bool:
+    """Whether some kernel of the family is right on `device`."""
+    return any(refusal(kernel, device) is None for kernel in candidates(family, torch.device(device).type))
+
+
+def describe(device: str, family: Family = "int8") -> str:
     """A few words: the kernel that large layers get on `device`, and why faster ones were refused."""
     refused: list[str] = []
-    for kernel in _candidates(torch.device(device).type):
+    for kernel in candidates(family, torch.device(device).type):
         why = refusal(kernel, device)
         if why is None:
             return f"kernel {kernel.name}" + "".join(f" ({line})" for line in refused)
         refused.append(f"{kernel.name} refused, {why}")
-    return "no kernel"
+    return "no kernel" + "".join(f" ({line})" for line in refused)

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from ispa_deploy.regions import region
-from quant.primitives import ZERO_POINT, quantise_rows, rescale, row_scale
+from quant.primitives import (
+    CODE_MAX,
+    ZERO_POINT,
+    Activations,
+    fixed_scale,
+    quantise_fixed,
+    quantise_rows,
+    rescale,
+    row_scale,
+)
 
 # Compiling costs about 4 s per process, 25 s where the compiler's caches are cold, and wins 0-25 % of a layer's time.
 # So by default only passes over real chunks ask for it (4680 x 1536, not 1560 x 1536); `accelerate` lowers the bar.
@@ -75,6 +84,26 @@ def _codes_eager(x: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
+def _fixed(x: Tensor, step: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
+    return quantise_fixed(x, step, unsigned=unsigned)
+
+
+def _fixed_eager(x: Tensor, step: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
+    """`quantise_fixed` in steps of rows with one scratch, same bits."""
+    m, k = x.shape
+    codes = torch.empty(m, k, dtype=torch.uint8 if unsigned else torch.int8)
+    total, inverse = torch.empty(m, 1), 1.0 / step
+    values = torch.empty(min(m, STEP), k)
+    for start in range(0, m, STEP):
+        part = x[start : start + STEP]
+        v = values[: len(part)]
+        v.copy_(part).mul_(inverse).round_()
+        torch.sum(v, dim=-1, keepdim=True, out=total[start : start + STEP])
+        v.clamp_(-CODE_MAX, CODE_MAX)
+        codes[start : start + STEP] = v.add_(ZERO_POINT) if unsigned else v
+    return codes, fixed_scale(total, step)
+
+
 def _rescale_eager(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`rescale` in steps of rows, over the product itself where the dtypes allow."""
     m, n = product.shape
@@ -88,18 +117,19 @@ def _rescale_eager(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: t
 
 
 _QUANTISE = _Accelerated(_codes, _codes_eager)
+_FIXED = _Accelerated(_fixed, _fixed_eager)
 _RESCALE = _Accelerated(rescale, _rescale_eager)
 
 
 def accelerate() -> None:
     """For benchmarks and long runs: let medium inputs compile too (the first one pays seconds)."""
-    for accelerated in (_QUANTISE, _RESCALE):
+    for accelerated in (_QUANTISE, _FIXED, _RESCALE):
         accelerated.threshold = ACCELERATED_FROM
 
 
 def compile_note() -> str | None:
     """One line, to be printed once, when a pass had to run eagerly for want of a compiler; None when there is none."""
-    reason = _QUANTISE.failure or _RESCALE.failure
+    reason = _QUANTISE.failure or _FIXED.failure or _RESCALE.failure
     return None if reason is None else f"int8: activation passes run uncompiled, layers up to 1.2x slower ({reason})"
 
 
@@ -115,16 +145,21 @@ class _CpuKernel:
 
     name: str
     exact: bool = True
-    unsigned: bool = False
+    activations: Activations = "int8"
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether activation codes are uint8 with zero point 128."""
+        return self.activations == "uint8"
 
     def fits(self, features: int, outputs: int) -> bool:
         """Every shape with something in it."""
         return features > 0 and outputs > 0
 
-    def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def quantise(self, x: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `quant.kernels.Kernel`."""
         with torch.no_grad():
-            codes, scale = _QUANTISE(x, self.unsigned)
+            codes, scale = _QUANTISE(x, self.unsigned) if step is None else _FIXED(x, step, self.unsigned)
         return codes, scale
 
     def pack(self, codes: Tensor) -> Tensor:
@@ -141,7 +176,7 @@ class _OneDnn(_CpuKernel):
 
     def pack(self, codes: Tensor) -> Tensor:
         assert codes.is_contiguous(), "the packing ignores strides"
-        return torch.ops.onednn.qlinear_prepack(codes, None)  # type: ignore[no-any-return]
+        return torch.ops.onednn.qlinear_prepack(codes, None)
 
     def unpack(self, packed: Tensor) -> Tensor:
         return packed.to_dense().t().contiguous()
@@ -157,6 +192,26 @@ class _OneDnn(_CpuKernel):
                 codes, 1.0, ZERO_POINT, packed, column, none, None, 1.0, 0, narrow, "none", [], ""
             )
         return _finish(product, scale, bias, dtype)
+
+
+class _OneDnnStatic(_OneDnn):
+    """The same product where all rows share one scale: it and the bias go into the call, and no pass follows."""
+
+    def multiply(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        bad = scale.isnan().flatten()
+        step = float(scale.nan_to_num(0.0).amax()) or 1.0  # all rows are bad: any finite step
+        wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        with region("linear.gemm"):
+            none = torch.zeros(len(column), dtype=torch.int32)
+            bias = None if bias is None else bias.to(torch.float32)
+            y = torch.ops.onednn.qlinear_pointwise(
+                codes, step, ZERO_POINT, packed, column, none, bias, 1.0, 0, wide, "none", [], ""
+            )
+        if bool(bad.any()):
+            y[bad] = float("nan")
+        return y.to(dtype)
 
 
 class _IntMm(_CpuKernel):
@@ -183,7 +238,9 @@ class _Simulated(_CpuKernel):
         return _finish(product, scale, bias, dtype)
 
 
-ONEDNN = _OneDnn("int8 onednn u8s8", unsigned=True)
+ONEDNN = _OneDnn("int8 onednn u8s8", activations="uint8")
+ONEDNN_STATIC = _OneDnnStatic("int8 onednn u8s8, static", activations="uint8")
 INT_MM = _IntMm("int8 _int_mm s8s8")
 SIMULATED = _Simulated("simulated", exact=False)
-KERNELS = (ONEDNN, INT_MM, SIMULATED)
+KERNELS = (ONEDNN, INT_MM)
+STATIC_KERNELS = (ONEDNN_STATIC, INT_MM)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ispa_deploy.regions import region
-from quant.primitives import quantise_rows, rescale
+from quant.primitives import Activations, quantise_fixed, quantise_rows, rescale
 
 # `_int_mm` refuses fewer rows on CUDA.
 MIN_ROWS = 17
@@ -25,7 +25,12 @@ class _CudaKernel:
 
     name: str
     exact: bool = True
-    unsigned: bool = False
+    activations: Activations = "int8"
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether activation codes are uint8 with zero point 128."""
+        return self.activations == "uint8"
 
     def fits(self, features: int, outputs: int) -> bool:
         """Every shape with something in it."""
@@ -39,15 +44,17 @@ class _CudaKernel:
         """The codes themselves."""
         return packed
 
-    def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def quantise(self, x: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `quant.kernels.Kernel`."""
-        return quantise_rows(x)
+        return quantise_rows(x) if step is None else quantise_fixed(x, step)
 
 
 class _Triton(_CudaKernel):
     """Row quantiser and product in `quant.triton_kernels`, imported on first use."""
 
-    def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def quantise(self, x: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if step is not None:
+            return quantise_fixed(x, step)
         from quant.triton_kernels import quantise_rows as fused
 
         return fused(x)
@@ -93,4 +100,4 @@ class _Simulated(_CudaKernel):
 TRITON = _Triton("int8 triton fused")
 INT_MM = _IntMm("int8 cuda _int_mm")
 SIMULATED = _Simulated("simulated", exact=False)
-KERNELS = (TRITON, INT_MM, SIMULATED)
+KERNELS = (TRITON, INT_MM)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ispa_deploy.delta import DELTA_MODES, Delta
 from ispa_deploy.errors import InputError
 from ispa_deploy.regions import region
-from quant.kernels import Kernel, QuantisedRows, Resident, kernel_for, multiply, quantise
+from quant.kernels import Family, Kernel, QuantisedRows, Resident, kernel_for, multiply, quantise
 from quant.primitives import MAX_FEATURES, check_finite, dequantise, quantise_weight
 
 
@@ -26,12 +26,17 @@ def _mark(name: str) -> AbstractContextManager[None]:
     return nullcontext() if torch.compiler.is_compiling() else region(name)
 
 
-class Int8Linear(nn.Module):
-    """y = x W^T + b: int8 codes, one float32 scale per output, one scale per token taken as it comes.
+class QuantisedLinear(nn.Module):
+    """y = x W^T + b: weight codes of one byte, one float32 scale per output, activations quantised on the way.
 
-    State: `weight` int8 (N, K), `weight_scale` float32 (N, 1), `bias` (N,) float or None, as in a bundle.
-    A row of x that holds NaN or Inf gives a row of NaN.
+    State: `weight` (N, K) in `code_dtype`, `weight_scale` float32 (N, 1), `bias` (N,) float or None, as in a bundle.
+    A row of x that holds NaN or Inf gives a row of NaN. A kind of layer is a subclass that names its codes and its
+    family of kernels.
     """
+
+    family: ClassVar[Family]
+    code_dtype: ClassVar[torch.dtype]
+    max_features: ClassVar[int]
 
     weight: Tensor | None
     weight_scale: Tensor
@@ -44,27 +49,35 @@ class Int8Linear(nn.Module):
     _folded: Tensor | None = None
     _moved_bias: Tensor | None = None
     _retired_calls = 0
+    float_calls = 0
+    # Whether floating-point arithmetic may stand in where no kernel of the family runs.
+    allow_fallback = False
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str | None = None
     ) -> None:
         """An empty layer, to be filled by `load_state_dict`."""
         super().__init__()
-        if not 0 < in_features <= MAX_FEATURES:
+        if not 0 < in_features <= self.max_features:
             raise InputError(
-                f"int8 linear with {in_features} input features: expected 1 to {MAX_FEATURES}, beyond which int32 sums "
-                "overflow; keep this layer in floating point"
+                f"{self.family} linear with {in_features} input features: expected 1 to {self.max_features}, beyond "
+                "which int32 sums overflow; keep this layer in floating point"
             )
         self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=self.code_dtype, device=device))
         self.register_buffer("weight_scale", torch.ones(out_features, 1, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32, device=device) if bias else None)
 
+    @staticmethod
+    def encode(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """(N, K) float -> codes (N, K) and float32 scales (N, 1). Raises `InputError` naming a non-finite weight."""
+        raise NotImplementedError
+
     @classmethod
-    def from_float(cls, linear: nn.Linear, name: str = "weight") -> Int8Linear:
+    def from_float(cls, linear: nn.Linear, name: str = "weight") -> Self:
         """Quantise a linear layer; the original is not written to. Raises `InputError` naming a non-finite weight."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        layer.weight, layer.weight_scale = quantise_weight(linear.weight, name)
+        layer.weight, layer.weight_scale = cls.encode(linear.weight, name)
         if linear.bias is not None:
             layer.bias = linear.bias.detach().to(torch.float32)
         return layer.train(linear.training)
@@ -87,13 +100,19 @@ class Int8Linear(nn.Module):
         return y.reshape(*source.shape[:-1], self.out_features)
 
     def quantise(self, x: Tensor) -> QuantisedRows:
-        """(..., K) -> rows that every int8 layer with this input and device accepts: quantise once for q, k and v."""
+        """(..., K) -> rows that every layer of this kind, input and device accepts: quantise once for q, k and v."""
         with _mark("linear.quantise"):
-            codes, scale = quantise(x.reshape(-1, self.in_features), self._prepared().entry.kernel)
+            codes, scale = quantise(x.reshape(-1, self.in_features), self._prepared().entry.kernel, self._step())
         return QuantisedRows(codes, scale, x)
+
+    def _step(self) -> Tensor | None:
+        """The calibrated activation scale (1,) float32; None: every row has its own."""
+        return None
 
     def _forward_folded(self, x: Tensor) -> Tensor:
         assert self._folded is not None
+        if not torch.compiler.is_compiling():  # a graph would be compiled anew for every count
+            self.float_calls += 1
         if self._folded.dtype != x.dtype:
             assert self.delta is not None
             self._folded = self._with(self.delta).to(x.dtype)
@@ -105,14 +124,17 @@ class Int8Linear(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def prepare(self, kernel: Kernel | None = None) -> None:
-        """Pack the weight for the fastest exact kernel of its device, or for `kernel`, and drop the plain codes.
+        """Pack the weight for the fastest right kernel of its device, or for `kernel`, and drop the plain codes.
 
-        Done on the first call if not before; a whole-graph `torch.compile` needs it before.
+        Done on the first call if not before; a whole-graph `torch.compile` needs it before. Raises `InputError` where
+        no kernel of the family runs and `allow_fallback` is off.
         """
         assert self.delta is None, "take the delta back before packing anew"
         codes = self.codes()
         assert not codes.is_meta, "load the state before preparing"
-        chosen = kernel or kernel_for(codes.device, self.out_features, self.in_features)
+        chosen = kernel or kernel_for(
+            codes.device, self.out_features, self.in_features, self.family, allow_fallback=self.allow_fallback
+        )
         self._resident, self.weight = Resident(chosen, codes, self.weight_scale), None
 
     def _prepared(self) -> Resident:
@@ -122,7 +144,7 @@ class Int8Linear(nn.Module):
         return self._resident
 
     def codes(self) -> Tensor:
-        """(N, K) int8 codes of the layer's own weight, whatever delta it carries."""
+        """(N, K) codes of the layer's own weight, whatever delta it carries."""
         if self.weight is not None:
             return self.weight
         assert self._resident is not None
@@ -153,7 +175,7 @@ class Int8Linear(nn.Module):
 
     @property
     def exact(self) -> bool:
-        """Whether the kernel multiplies integers; False for `simulated` and before the first run."""
+        """Whether the kernel multiplies eight bits; False for `simulated` and before the first run."""
         return self._resident is not None and self._resident.entry.kernel.exact
 
     @property
@@ -188,7 +210,7 @@ class Int8Linear(nn.Module):
         own = self._prepared()
         self.delta, self.delta_mode = delta, "requant" if mode == "auto" else mode
         if self.delta_mode == "requant":
-            self._requantised = Resident(own.entry.kernel, *quantise_weight(self._with(delta), "delta"))
+            self._requantised = Resident(own.entry.kernel, *type(self).encode(self._with(delta), "delta"))
         elif self.delta_mode == "fold":
             self._folded = self._with(delta).to(delta.weight.dtype)
         if delta.bias is not None:
@@ -218,13 +240,16 @@ class Int8Linear(nn.Module):
         self._unpack()
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        # `.to(bfloat16)` would round the scales, which belong to the codes and stay float32.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `.to(bfloat16)` would round codes in e4m3 and the scales, which belong to the codes and stay float32.
         self._unpack()
-        scale = self.weight_scale
+        fixed = {name: tensor for name, tensor in self._buffers.items() if name != "bias" and tensor is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.weight_scale.device)
+        for name, tensor in fixed.items():
+            moved = self._buffers[name]
+            assert moved is not None
+            if moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -242,3 +267,15 @@ class Int8Linear(nn.Module):
     def extra_repr(self) -> str:
         """Shape and kernel, for `print(model)`."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, kernel='{self.kernel_name}'"
+
+
+class Int8Linear(QuantisedLinear):
+    """int8 codes, symmetric per output channel; int8 activations, one scale per token taken as it comes."""
+
+    family: ClassVar[Family] = "int8"
+    code_dtype = torch.int8
+    max_features = MAX_FEATURES
+
+    @staticmethod
+    def encode(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        return quantise_weight(weight, name)

@@ -1,4 +1,4 @@
-"""The arithmetic of 8-bit linear layers as pure functions: codes, scales, their product, their error.
+"""The arithmetic of 8-bit linear layers as pure functions: codes (int8, e4m3), scales, their product, their error.
 
 M rows (tokens), K input features, N output features. A code q with scale s stands for q * s. Scales are amax / 127, so
 codes made here lie in -127..127; codes made elsewhere may hold -128 and every kernel must multiply it exactly.
@@ -6,12 +6,19 @@ codes made here lie in -127..127; codes made elsewhere may hold -128 and every k
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from ispa_deploy.errors import InputError
 
+# What a kernel takes the activations as; `float`: it quantises them itself.
+Activations = Literal["uint8", "int8", "float8", "float"]
+
 CODE_MAX = 127
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_MAX = 448.0
 ZERO_POINT = 128
 # A row of zeros gets this scale instead of 0, so that it divides; its reciprocal is still finite in float32.
 SCALE_FLOOR = torch.finfo(torch.float32).tiny
@@ -61,8 +68,64 @@ def quantise_rows(x: Tensor, *, unsigned: bool = False) -> tuple[Tensor, Tensor]
     return ((codes + ZERO_POINT).to(torch.uint8) if unsigned else codes.to(torch.int8)), scale
 
 
+def quantise_weight_fp8(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """(N, K) of any float dtype -> e4m3 codes (N, K) contiguous and float32 scales (N, 1) = amax / 448.
+
+    Raises `InputError` naming `name` when a value is not finite.
+    """
+    weight = weight.detach()
+    scale = (check_finite(weight, name) / FLOAT8_MAX).clamp_min(SCALE_FLOOR)
+    codes = torch.empty(weight.shape, dtype=FLOAT8, device=weight.device)
+    for rows in _blocks(weight):
+        codes[rows] = (weight[rows].to(torch.float32) / scale[rows]).clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
+    return codes, scale
+
+
+def quantise_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, K) of any float dtype -> e4m3 codes (M, K) and float32 scales (M, 1) = amax / 448.
+
+    A row that holds NaN or Inf gets the scale NaN.
+    """
+    values = x.to(torch.float32)
+    amax = values.abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(torch.isfinite(amax), amax / FLOAT8_MAX, float("nan")).clamp_min(SCALE_FLOOR)
+    return (values * (1.0 / scale)).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8), scale
+
+
+def quantise_fixed(x: Tensor, step: Tensor, *, unsigned: bool = False) -> tuple[Tensor, Tensor]:
+    """(M, K) and one calibrated step (1,) float32 -> codes (M, K) and that step for every row, float32 (M, 1).
+
+    What lies outside the calibrated range saturates at 127 steps: that is what static means. A row that holds NaN or
+    Inf still gets the scale NaN.
+    """
+    rounded = torch.round(x.to(torch.float32) * (1.0 / step))
+    codes = rounded.clamp(-CODE_MAX, CODE_MAX)
+    codes = (codes + ZERO_POINT).to(torch.uint8) if unsigned else codes.to(torch.int8)
+    return codes, fixed_scale(rounded.sum(dim=-1, keepdim=True), step)
+
+
+def fixed_scale(total: Tensor, step: Tensor) -> Tensor:
+    """Row sums (M, 1), which NaN and Inf survive, and the step (1,) -> scales (M, 1), NaN where a sum is not finite."""
+    return torch.where(torch.isfinite(total), step, float("nan"))
+
+
+def watch_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, K) for a kernel that quantises for itself -> x and (M, 1) float32: 1, or NaN where the row is not finite."""
+    finite = torch.isfinite(x.abs().amax(dim=-1, keepdim=True))
+    return x, torch.where(finite, 1.0, float("nan")).to(torch.float32)
+
+
+def quantise_as(x: Tensor, activations: Activations) -> tuple[Tensor, Tensor]:
+    """(M, K) float -> what a kernel of that kind takes, and (M, 1) float32; plain operations, for compiled graphs."""
+    if activations == "float":
+        return watch_rows(x)
+    if activations == "float8":
+        return quantise_rows_fp8(x)
+    return quantise_rows(x, unsigned=activations == "uint8")
+
+
 def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
-    """Codes (R, K), int8 or uint8 with zero point 128, and scales (R, 1) -> float32 (R, K)."""
+    """Codes (R, K), int8, e4m3 or uint8 with zero point 128, and scales (R, 1) -> float32 (R, K)."""
     values = codes.to(torch.float32)  # always a copy
     if codes.dtype == torch.uint8:
         values -= ZERO_POINT

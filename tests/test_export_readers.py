@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from export import open_bundle
 from export.bundle import stand_in_rows
 from export.dialects import export_bundle
+from export.dialects.names import to_diffusers
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.stream import default_noise
 from tests.bundles import ONE_STEP, SHARD, dequantised, first_chunk, tiny_bundle
@@ -196,3 +197,22 @@ def test_diffusers_network_takes_the_names_and_computes_the_same(
     with torch.no_grad():
         flow = theirs(noise.transpose(1, 2), torch.tensor([1000.0]), stand_in_rows("x", ONE_STEP)).sample
     torch.testing.assert_close(noise - flow.transpose(1, 2), first_chunk(ours), rtol=1e-4, atol=1e-4)
+
+
+def test_diffusers_loads_the_folder_with_torchao_s_tensors(
+    bundle: Path, layers: tuple[str, ...], tmp_path: Path
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("accelerate")
+    folder = export_bundle(bundle, "diffusers-torchao", tmp_path / "diffusers")
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32)
+    expected = dequantised(bundle)
+    assert all(
+        torch.equal(theirs.get_submodule(to_diffusers(name)).weight.dequantize(), expected[f"{name}.weight"])
+        for name in layers
+    )
+    noise = default_noise(ONE_STEP, 0)(0, ONE_STEP.chunk_frames, 0)
+    with torch.no_grad():
+        flow = theirs(noise.transpose(1, 2), torch.tensor([1000.0]), stand_in_rows("x", ONE_STEP)).sample
+    ours = first_chunk(open_bundle(bundle).model)
+    assert (noise - flow.transpose(1, 2) - ours).norm() < ROUNDING * ours.norm()

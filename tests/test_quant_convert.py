@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ispa_deploy.delta import Delta
 from ispa_deploy.errors import InputError, RunError
 from ispa_deploy.linear import Linear
 from quant.audit import assert_ran, audit
@@ -153,8 +154,10 @@ def test_audit_tells_what_ran(model: Model) -> None:
     assert tuple(name for name, row in rows.items() if row["dtype"] == "int8") == CONVERTED
     assert all(rows[name]["calls"] == 1 for name in CONVERTED)
     assert rows["head.head"] == {
-        "name": "head.head", "kernel": "float float32", "calls": None, "dtype": "float32", "delta_mode": None,
+        "name": "head.head", "kernel": "float float32", "calls": None, "float_calls": None, "dtype": "float32",
+        "delta_mode": None, "why": None,
     }  # fmt: skip
+    assert {row["name"]: row["why"] for row in audit(model, {"head.head": "kept"})}["head.head"] == "kept"
 
 
 def test_simulated_arithmetic_is_an_error_unless_allowed(model: Model) -> None:
@@ -163,7 +166,27 @@ def test_simulated_arithmetic_is_an_error_unless_allowed(model: Model) -> None:
     model(torch.randn(2, 32))
     with pytest.raises(RunError, match=r"simulated in 1 \(blocks\.0\.q\)"):
         assert_ran(model)
-    assert_ran(model, allow_fallback=True)
+    (warning,) = assert_ran(model, allow_fallback=True)
+    assert "simulated in 1" in warning
+
+
+def test_a_layer_that_should_be_quantised_and_is_not_is_an_error(model: Model) -> None:
+    quantise_(model, INT8, skip=[r"blocks\.1\.q"])
+    model(torch.randn(2, 32))
+    assert assert_ran(model, ("blocks.0.q",)) == []
+    with pytest.raises(RunError, match=r"in floating point in 1 \(blocks\.1\.q\)"):
+        assert_ran(model, CONVERTED)
+
+
+def test_a_folded_delta_is_counted_and_no_complaint(model: Model) -> None:
+    quantise_(model, INT8)
+    layer = model.blocks[0].q
+    layer.set_delta(Delta(torch.zeros(64, 64)), "fold")
+    model(torch.randn(2, 32))
+    layer.set_delta(None)
+    assert assert_ran(model) == []
+    row = next(row for row in audit(model) if row["name"] == "blocks.0.q")
+    assert (row["calls"], row["float_calls"]) == (0, 1)
 
 
 @pytest.mark.parametrize("name", [*SCHEMES, "w8a8"])
@@ -172,10 +195,12 @@ def test_every_scheme_resolves_to_one_line(name: str) -> None:
     assert scheme.name == ("w8a8-int8" if name == "w8a8" else name)
     assert "\n" not in line
     assert scheme.name in line
+    assert name != "w8a8-fp8" or "compute capability 8.9" in line or torch.cuda.is_available()
 
 
 def test_unknown_schemes_and_devices_are_refused() -> None:
-    with pytest.raises(InputError, match="unknown scheme 'w4a4': expected one of none, w8a8, w8a8-int8"):
+    known = "bnb-int8, none, w8a8, w8a8-fp8, w8a8-int8, w8a8-int8-static"
+    with pytest.raises(InputError, match=f"unknown scheme 'w4a4': expected one of {known}"):
         resolve("w4a4", "cpu")
     with pytest.raises(InputError, match="device 'tpu:0': expected one of cpu, cuda"):
         resolve("w8a8", "tpu:0")

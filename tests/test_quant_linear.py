@@ -14,7 +14,7 @@ from ispa_deploy.delta import Delta, DeltaTarget
 from ispa_deploy.errors import InputError
 from ispa_deploy.regions import recording
 from quant.kernels import refusal, resident_count
-from quant.kernels_cpu import KERNELS, ONEDNN
+from quant.kernels_cpu import KERNELS, ONEDNN, SIMULATED
 from quant.linear import Int8Linear
 
 K, N = 320, 200
@@ -46,7 +46,7 @@ def a_delta(dtype: torch.dtype = torch.float32, *, bias: bool = True) -> Delta:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [*KERNELS, SIMULATED], ids=lambda kernel: kernel.name)
 def test_error_against_float64(linear: nn.Linear, kernel: object, dtype: torch.dtype) -> None:
     if (why := refusal(kernel, "cpu")) is not None:  # type: ignore[arg-type]
         pytest.skip(why)

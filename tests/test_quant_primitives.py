@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ispa_deploy.errors import InputError
-from quant import kernels_cpu
+from quant import kernels, kernels_cpu
 from quant.kernels import Kernel, kernel_for, refusal
-from quant.kernels_cpu import INT_MM, KERNELS, ONEDNN, SIMULATED
+from quant.kernels_cpu import INT_MM, ONEDNN
 from quant.primitives import dequantise, int_matmul, quantise_rows, quantise_weight, sqnr_db
 
 CPU = torch.device("cpu")
@@ -99,10 +99,11 @@ def test_an_inexact_kernel_is_refused_and_the_stand_in_says_what_it_is(monkeypat
 
     broken = Saturating("saturating")
     assert refusal(broken, "cpu") == "not exact on this processor"
-    monkeypatch.setattr(kernels_cpu, "KERNELS", (broken, SIMULATED))
-    chosen = kernel_for(CPU, 8, 8)
+    monkeypatch.setattr(kernels, "candidates", lambda family, device_type: (broken,))
+    with pytest.raises(InputError, match=r"saturating refused, not exact on this processor.*allow the fallback"):
+        kernel_for(CPU, 8, 8)
+    chosen = kernel_for(CPU, 8, 8, allow_fallback=True)
     assert (chosen.name, chosen.exact) == ("simulated", False)
-    assert KERNELS[-1] is SIMULATED
 
 
 @pytest.mark.parametrize("unsigned", [False, True])

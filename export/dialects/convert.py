@@ -32,7 +32,7 @@ _DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 def export_bundle(bundle: str | Path, dialect: str, out: str | Path, *, overwrite: bool = False) -> Path:
-    """Write the bundle in `dialect`: a `.safetensors` file, or a folder for `diffusers`; its path, absolute.
+    """Write the bundle in `dialect`: a `.safetensors` file, or a folder in those of diffusers; its path, absolute.
 
     InputError: no or a damaged bundle, no 8-bit layers, an unknown dialect, or a target that exists and `overwrite` is
     off. RunError: the disk refused; nothing is left then.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ CODE_MAX = 127
 COMFY_FORMAT = "int8_tensorwise"
 COMFY_KEY = "_quantization_metadata"
 TORCHAO_KEY = "tensor_names"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 # Names of all tensors of a file, and the text entries of its header.
 Marks = Callable[[Iterable[str], Mapping[str, str]], bool]
@@ -77,15 +78,39 @@ def amax_of(scale: Tensor) -> Tensor:
 
 def diffusers_config(manifest: Manifest) -> dict[str, Any]:
     """`config.json` of WanTransformer3DModel with compressed-tensors' description of the layers."""
+    return {**_wan_config(manifest), "quantization_config": compressed_tensors(_kept(manifest))}
+
+
+def diffusers_torchao_config(manifest: Manifest) -> dict[str, Any]:
+    """The same with torchao's, as diffusers' TorchAoConfig writes it."""
+    scheme = {
+        "act_mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC"},
+        "granularity": {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}},
+        "reduce_range": False,
+        "set_inductor_config": False,
+        "weight_only_decode": False,
+    }
+    described = {
+        "quant_method": "torchao",
+        "quant_type": {"default": {"_type": "Int8DynamicActivationInt8WeightConfig", "_version": 2, "_data": scheme}},
+        "modules_to_not_convert": _kept(manifest),
+    }
+    return {**_wan_config(manifest), "quantization_config": described}
+
+
+def _kept(manifest: Manifest) -> list[str]:
+    return [to_diffusers(layer.name) for layer in manifest.layers if not layer.quantised]
+
+
+def _wan_config(manifest: Manifest) -> dict[str, Any]:
     spec = manifest.spec
-    kept = [to_diffusers(layer.name) for layer in manifest.layers if not layer.quantised]
     return {
         "_class_name": "WanTransformer3DModel", "patch_size": list(spec.patch), "num_attention_heads": spec.heads,
         "attention_head_dim": spec.dim // spec.heads, "in_channels": spec.latent_channels,
         "out_channels": spec.latent_channels, "text_dim": spec.text_dim, "freq_dim": spec.freq_dim,
         "ffn_dim": spec.ffn_dim, "num_layers": spec.layers, "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads", "eps": spec.eps, "image_dim": None, "added_kv_proj_dim": None,
-        "rope_max_seq_len": 1024, "quantization_config": compressed_tensors(kept),
+        "rope_max_seq_len": 1024,
     }  # fmt: skip
 
 
@@ -141,6 +166,10 @@ def _ends(suffix: str) -> Marks:
     return lambda names, metadata: any(name.endswith(suffix) for name in names)
 
 
+def _is_diffusers(names: Iterable[str], metadata: Mapping[str, str]) -> bool:
+    return any(name.startswith("condition_embedder.") for name in names)
+
+
 def _is_comfy(names: Iterable[str], metadata: Mapping[str, str]) -> bool:
     return COMFY_KEY in metadata or any(name.endswith(".comfy_quant") for name in names)
 
@@ -149,19 +178,29 @@ def _all_zero(tensor: Tensor) -> bool:
     return not bool(tensor.any())
 
 
+_TORCHAO = Dialect(
+    name="torchao",
+    summary="torchao 0.18: Int8Tensor parts with a JSON description per tensor",
+    marks=lambda names, metadata: TORCHAO_KEY in metadata,
+    codes="._weight_qdata",
+    scale="._weight_scale",
+    extras=(Extra("._weight_zero_point", lambda shape: torch.zeros(shape[0], 1, dtype=torch.int8), _all_zero),),
+    header=_torchao_header,
+)
+
 # In the order in which a file is recognised: the least specific comes last.
 _TABLE = (
-    Dialect(
-        name="torchao",
-        summary="torchao 0.18: Int8Tensor parts with a JSON description per tensor",
-        marks=lambda names, metadata: TORCHAO_KEY in metadata,
-        codes="._weight_qdata",
-        scale="._weight_scale",
-        extras=(
-            Extra("._weight_zero_point", lambda shape: torch.zeros(shape[0], 1, dtype=torch.int8), _all_zero),
-        ),
-        header=_torchao_header,
+    replace(
+        _TORCHAO,
+        name="diffusers-torchao",
+        summary="folder that WanTransformer3DModel.from_pretrained of diffusers loads, with torchao's tensors",
+        marks=lambda names, metadata: TORCHAO_KEY in metadata and _is_diffusers(names, metadata),
+        rename=to_diffusers,
+        rename_back=from_diffusers,
+        folder=DIFFUSERS_WEIGHTS,
+        config=diffusers_torchao_config,
     ),
+    _TORCHAO,
     Dialect(
         name="bitsandbytes",
         summary="bitsandbytes Linear8bitLt (LLM.int8): SCB = 127 x scale",
@@ -175,10 +214,10 @@ _TABLE = (
     Dialect(
         name="diffusers",
         summary="folder with WanTransformer3DModel's names, described as compressed-tensors",
-        marks=lambda names, metadata: any(name.startswith("condition_embedder.") for name in names),
+        marks=_is_diffusers,
         rename=to_diffusers,
         rename_back=from_diffusers,
-        folder="diffusion_pytorch_model.safetensors",
+        folder=DIFFUSERS_WEIGHTS,
         config=diffusers_config,
     ),
     Dialect(

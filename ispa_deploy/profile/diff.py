@@ -97,7 +97,7 @@ def _runs(reports: Sequence[dict[str, Any]]) -> dict[Key, Run]:
 
 
 def _model(model: dict[str, Any]) -> str:
-    return f"{model['name']}, {model['geometry']['layers']} layers, window {model['window']}"
+    return f"{model['name']} {model['dtype']}, {model['geometry']['layers']} layers, window {model['window']}"
 
 
 def _row(key: Key, metric: str, old: Run, new: Run) -> dict[str, Any]:

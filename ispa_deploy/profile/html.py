@@ -91,7 +91,7 @@ def _card(report: Report, number: int) -> str:
 def _headline(speedup: float) -> str:
     if 1 / SAME < speedup < SAME:
         return f"{speedup:.2f}× <small>as fast as before</small>"
-    return f"{speedup:.2f}× <small>{'faster' if speedup > 1 else 'slower than before'}</small>"
+    return f"{speedup:.2f}× <small>{'faster' if speedup > 1 else 'the speed'}</small>"
 
 
 def _origin(base: Run, run: Run) -> str:
@@ -185,7 +185,7 @@ def _components(runs: Sequence[Run], titles: Sequence[str]) -> str:
                 lines.append((None, [ROWS[row], *(_share(run["components"][row], run) for run in runs)]))
     lines.append(("sum", ["in no row", *(_share(run["unattributed_ms"], run) for run in runs)]))
     lines.append(("sum", ["whole chunk, recorded", *(_share(run["wall_ms"], run) for run in runs)]))
-    return _table(["", *map(escape, titles)], lines, numbers=True)
+    return _table(["", *map(escape, titles)], lines, kind="numbers tree")
 
 
 def _steadiness(runs: Sequence[Run], titles: Sequence[str]) -> str:
@@ -198,8 +198,8 @@ def _steadiness(runs: Sequence[Run], titles: Sequence[str]) -> str:
         if any(run["fps"][key] for run in runs):
             lines.append((None, [name, *(f"{run['fps'][key]:.2f}" if run["fps"][key] else "-" for run in runs)]))
     for rule, name in RULES.items():
-        lines.append((None, [name, *(_rule(run["closing"], rule) for run in runs)]))
-    return _table(["", *map(escape, titles)], lines, numbers=True)
+        lines.append((None, [name.rstrip(":"), *(_rule(run["closing"], rule) for run in runs)]))
+    return _table(["", *map(escape, titles)], lines, kind="numbers")
 
 
 def _rule(closing: dict[str, Any], rule: str) -> str:
@@ -213,7 +213,7 @@ def _memory(runs: Sequence[Run], titles: Sequence[str]) -> str:
         (None, [label, *(f"{run['memory'][name] / 2**20:,.1f}" for run in runs)]) for name, label in _MEMORY.items()
     ]
     lines.append(("sum", ["keys and values, % of the full cache", *(f"{run['kv_percent']:.1f}" for run in runs)]))
-    return _table(["MiB", *map(escape, titles)], lines, numbers=True)
+    return _table(["MiB", *map(escape, titles)], lines, kind="numbers")
 
 
 def _peak_note(report: Report) -> str:
@@ -228,7 +228,7 @@ def _timelines(report: Report) -> list[str]:
     chosen = [_base(report)] + ([best] if best else [])
     kept = all(run.get("timeline") for run in chosen)
     note = (
-        "Height: share of each moment that belongs to the family."
+        "The chunk recorded last. Height: share of each moment that belongs to the family."
         if kept
         else "This report kept no moments: its rows are shown end to end, in the order of the table."
     )
@@ -274,17 +274,16 @@ def _footer(report: Report) -> str:
     )
 
 
-def _table(head: Sequence[str], lines: Sequence[tuple[str | None, list[str]]], *, numbers: bool = False) -> str:
+def _table(head: Sequence[str], lines: Sequence[tuple[str | None, list[str]]], *, kind: str = "words") -> str:
     """A table that scrolls by itself where it is too wide; cells are HTML already, a line may have a class."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(
-        f'<tr class="{kind or ""}"><th scope="row" class="row">{cells[0]}</th>'
+        f'<tr class="{line or ""}"><th scope="row" class="row">{cells[0]}</th>'
         + "".join(f"<td>{cell}</td>" for cell in cells[1:])
         + "</tr>"
-        for kind, cells in lines
+        for line, cells in lines
     )
-    kind = ' class="numbers"' if numbers else ""
-    return f'<div class="scroll"><table{kind}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _share(ms: float, run: Run) -> str:

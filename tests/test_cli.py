@@ -1,0 +1,580 @@
+"""The commands as a user meets them: results, exit codes, one line for every mistake, nothing half-written left."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pty
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import cli
+import export.write
+from export.convert import quantise_source
+from export.deltas import HEADER_KEY
+from export.manifest import MANIFEST, file_digest
+from ispa_deploy import __version__
+from ispa_deploy.demo.codec import BlockCodec
+from ispa_deploy.media.video import read_video
+from ispa_deploy.sampler import Sampler
+from ispa_deploy.specs import SPECS
+from quant.schemes import SCHEMES
+from tests.tiny import SPEC
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARD = "model-00001-of-00001.safetensors"
+# Tuning malloc or the threads would outlive the test.
+RUN = ("--no-tune-allocator", "--threads", "1")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """All of stdout as one strict JSON document."""
+        assert self.code == 0, self.err
+
+        def refuse(word: str) -> None:
+            raise AssertionError(f"{word} is no JSON")
+
+        return json.loads(self.out, parse_constant=refuse)
+
+
+def command(*arguments: object) -> Result:
+    """The CLI in this process, as its console script calls it."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["ispa-deploy", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exited:
+            cli.main()
+    finally:
+        sys.argv = argv
+    return Result(int(exited.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def stream(bundle: Path, *arguments: object, frames: int = 15) -> Result:
+    return command("run", bundle, "--frames", frames, "--json", *RUN, *arguments)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(result: Result, *parts: str, code: int = 2) -> None:
+    """One line on stderr that holds `parts`, nothing on stdout."""
+    assert result.code == code, result.err
+    assert result.out == ""
+    lines = result.err.splitlines()
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def demo(home: Path) -> Path:
+    """The embedded model, quantised by the command."""
+    done = command("quantize", "demo", "-o", home / "demo", "--json")
+    assert done.document["scheme"] == "w8a8-int8"
+    return home / "demo"
+
+
+def tiny_bundle(folder: Path, scheme: str) -> Path:
+    quantise_source("random", folder, scheme=SCHEMES[scheme], model=SPEC, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(home: Path) -> Path:
+    """Random weights that stream in milliseconds; no decoder."""
+    return tiny_bundle(home / "tiny", "w8a8-int8")
+
+
+@pytest.fixture(scope="module")
+def floating(home: Path) -> Path:
+    return tiny_bundle(home / "floating", "none")
+
+
+# -- the whole path, on the embedded model
+
+
+def test_quantise_run_store_and_start_from_stored_deltas(demo: Path, tmp_path: Path) -> None:
+    names = {"out": "v.mp4", "latents": "l.safetensors", "save-deltas": "d.safetensors", "stats": "s.json"}
+    done = stream(demo, *(part for flag, name in names.items() for part in (f"--{flag}", tmp_path / name)), frames=15)
+    document = done.document
+    assert done.err == "", "no progress where stderr is no terminal"
+    assert sorted(files(tmp_path)) == ["d.safetensors", "l.safetensors", "s.json", "v.mp4", "v.png"]
+    assert json.loads((tmp_path / "s.json").read_text()) == document
+    pictures, rate = read_video(tmp_path / "v.mp4")
+    assert pictures.shape == (15, 320, 320, 3)
+    assert rate == SPECS["demo"].fps
+    latents = load_file(tmp_path / "l.safetensors")["latents"]
+    assert latents.shape == (1, 15, *SPECS["demo"].latent_shape)
+    assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
+
+    assert (document["frames"], document["chunks"], document["complete"]) == (15, 5, True)
+    absorption = document["absorption"]
+    assert absorption["state"] == "absorbed"
+    local = absorption["local_layers"]
+    assert len(local) == 5
+    for index, layer in enumerate(absorption["layers"]):
+        assert layer["kind"] == ("L" if index in local else "F")
+        assert layer["status"] == "ok"
+        assert layer["score"] > 0
+        assert layer["condition"] > 1
+        assert 0 < layer["residual"] < layer["gap"]
+    assert max(absorption["layers"][i]["score"] for i in local) <= min(
+        layer["score"] for i, layer in enumerate(absorption["layers"]) if i not in local
+    )
+    full = document["kv"]["full_bytes"]
+    assert document["kv"]["per_chunk_bytes"][:3] == [full] * 3
+    assert document["kv"]["percent"] == pytest.approx(100 * (1 - 0.5 * 11 / 12))
+
+    again = stream(demo, "--deltas", tmp_path / "d.safetensors", frames=3).document
+    assert again["absorption"]["state"] == "absorbed"
+    assert again["absorption"]["local_layers"] == local
+    assert again["kv"]["per_chunk_bytes"] == [document["kv"]["persistent_bytes"]], "no warm-up: small from the start"
+    assert again["statistics_bytes"] == 0
+
+    looked = command("inspect", tmp_path / "d.safetensors", "--json").document
+    assert (looked["kind"], looked["layers"]) == ("deltas", sorted(local))
+    assert command("inspect", demo, "--json").document["intact"] is True
+
+
+def test_ctrl_c_finishes_the_chunk_and_closes_the_video(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, calls = BlockCodec.decode, []
+
+    def interrupted(self: BlockCodec, latents: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return decode(self, latents)
+
+    monkeypatch.setattr(BlockCodec, "decode", interrupted)
+    done = stream(demo, "--out", tmp_path / "v.mp4", "--save-deltas", tmp_path / "d.safetensors", frames=15)
+    assert done.code == 130
+    document = json.loads(done.out)
+    assert (document["complete"], document["chunks"], document["frames"]) == (False, 2, 6)
+    assert len(read_video(tmp_path / "v.mp4")[0]) == 6
+    assert sorted(files(tmp_path)) == ["v.mp4", "v.png"], "no deltas from half a warm-up"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_demo_command_says_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last step, which takes a minute, has tests of its own."""
+    monkeypatch.setattr(cli, "_profile", lambda *_: {"reports": []})
+    document = command("demo", "-o", tmp_path / "new" / "out", "--frames", 3, "--json", "--threads", 1).document
+    assert [run["absorption"]["policy"] for run in document["runs"].values()] == ["full", "absorb"]
+    made = set(files(tmp_path / "new" / "out"))
+    assert {"full.mp4", "full.png", "absorb.mp4", "absorb.png", "demo.json", "report.json", "report.md"} <= made
+    (tmp_path / "file").write_text("")
+    refused(command("demo", "-o", tmp_path / "file"), "cannot be made")
+
+
+# -- flags reach the stream
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), {"options.ranking": "heldout", "options.ridge.relative": 1e-2, "options.intercept": True}),
+        (("--preset", "paper"), {"options.ridge.absolute": 1e-3, "options.all_rows": True, "options.half_life": None}),
+        (("--policy", "full"), {"absorption.policy": "full", "kv.percent": 100, "absorption.state": "full"}),
+        (("--policy", "window", "--window", "6"), {"options.window": 6, "absorption.local_layers": []}),
+        (("--policy", "sink-local"), {"absorption.policy": "sink-local", "delta_bytes": 0, "delta_modes": []}),
+        (("--policy", "no-sink", "--ratio", "1"), {"absorption.policy": "no-sink", "kv.percent": 0}),
+        (("--ratio", "0.25"), {"options.ratio": 0.25, "kv.percent": 100 * (1 - 0.25 * 11 / 12)}),
+        (("--ratio", "0"), {"absorption.local_layers": [], "kv.percent": 100, "statistics_bytes": 0}),
+        (("--layers", "3,1"), {"absorption.local_layers": [1, 3]}),
+        (("--ranking", "epsilon"), {"options.ranking": "epsilon"}),
+        (("--ranking", "random"), {"options.ranking": "random", "absorption.layers.0.score?": True}),
+        (("--warmup", "9"), {"options.warmup": 9}),
+        (("--recent-frames", "3"), {"options.recent_frames": 3, "kv.percent": 100 * (1 - 0.5 * 8 / 12)}),
+        (("--ridge-absolute", "0.5"), {"options.ridge.absolute": 0.5, "options.ridge.relative": 0}),
+        (("--ridge-relative", "0.5"), {"options.ridge.absolute": 0, "options.ridge.relative": 0.5}),
+        (("--delta", "side"), {"delta_modes": ["side"]}),
+        (("--delta", "fold"), {"delta_modes": ["fold"]}),
+        (("--delta", "requant"), {"delta_modes": ["requant"]}),
+        (("--attention", "reference"), {"options.attention": "reference"}),
+        (("--dtype", "bfloat16"), {"options.dtype": "bfloat16"}),
+        (("--stats-device", "cpu", "--device", "cpu"), {"options.device": "cpu"}),
+        (("--seed", "-7"), {"seed": -7}),
+    ],
+)
+def test_flags_reach_the_stream(tiny: Path, flags: tuple[str, ...], expected: dict[str, Any]) -> None:
+    document = stream(tiny, *flags).document
+    for path, value in expected.items():
+        found = document
+        for part in path.removesuffix("?").split("."):
+            found = found[int(part)] if isinstance(found, list) else found[part]
+        if not path.endswith("?"):
+            assert found == (pytest.approx(value) if isinstance(value, float) else value), path
+
+
+def test_a_later_prompt_restarts_the_warm_up(tiny: Path) -> None:
+    document = stream(tiny, "--at", "15:another", frames=30).document
+    full = document["kv"]["full_bytes"]
+    absorbed = [held < full for held in document["kv"]["per_chunk_bytes"]]
+    assert absorbed == [False] * 3 + [True] * 2 + [False] * 3 + [True] * 2
+    assert document["absorption"]["state"] == "absorbed"
+
+
+def test_another_process_gives_the_same_latents_and_another_seed_others(tiny: Path, tmp_path: Path) -> None:
+    arguments = ["run", str(tiny), "--frames", "15", "--json", "--latents", str(tmp_path / "b.safetensors"), *RUN]
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    json.loads(done.stdout)
+    latents = {}
+    for name, seed in {"a": 0, "c": 1, "d": -1}.items():
+        assert stream(tiny, "--latents", tmp_path / f"{name}.safetensors", "--seed", seed).code == 0
+        latents[name] = load_file(tmp_path / f"{name}.safetensors")["latents"]
+    assert torch.equal(latents["a"], load_file(tmp_path / "b.safetensors")["latents"])
+    assert not torch.equal(latents["a"], latents["c"])
+    assert not torch.equal(latents["c"], latents["d"])
+
+
+def test_models_and_version() -> None:
+    assert command("--version").out == f"ispa-deploy {__version__}\n"
+    assert [row["name"] for row in command("models", "--json").document] == list(SPECS)
+    listed = command("models").out
+    assert all(name in listed for name in SPECS)
+    assert "quantize" in command().out, "no arguments: the help"
+
+
+def test_on_a_terminal_a_bar_shows_chunk_speed_bytes_and_state(tiny: Path) -> None:
+    main_end, child_end = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+    arguments = ["run", str(tiny), "--frames", "15", "--json", *RUN]
+    with subprocess.Popen(
+        [sys.executable, "-m", "cli", *arguments], cwd=ROOT, stderr=child_end, stdout=subprocess.PIPE, env=environment
+    ) as process:
+        os.close(child_end)
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux ends a terminal that nobody holds open with EIO
+            while part := os.read(main_end, 65536):
+                shown += part
+        assert process.stdout is not None
+        json.loads(process.stdout.read())
+    os.close(main_end)
+    text = shown.decode()
+    for word in ("5/5", " FPS ", "ETA 0 s", "KV 0.1 MiB", "absorbed (2/4)"):
+        assert word in text, text
+
+
+# -- bad input
+
+BAD_RUNS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    (("--policy", "sparse"), ("policy 'sparse'", "absorb, full")),
+    (("--preset", "best"), ("preset 'best'", "paper, tuned")),
+    (("--ranking", "luck"), ("ranking 'luck'", "epsilon")),
+    (("--delta", "merge"), ("delta mode 'merge'", "requant")),
+    (("--dtype", "int4"), ("dtype 'int4'", "bfloat16")),
+    (("--device", "tpu"), ("device 'tpu'", "cuda:N")),
+    (("--device", "meta"), ("device 'meta'", "cuda:N")),
+    (("--stats-device", "disk"), ("device 'disk'", "cuda:N")),
+    (("--attention", "sage"), ("attention backend 'sage'", "reference")),
+    (("--attention", "flash-attn-2"), ("flash-attn-2", "use 'auto'")),
+    (("--ratio", "1.5"), ("ratio 1.5", "between 0 and 1")),
+    (("--ratio", "nan"), ("ratio nan",)),
+    (("--ratio", "half"), ("--ratio", "run --help")),
+    (("--warmup", "6"), ("warm-up of 6", "at least 9")),
+    (("--warmup", "10"), ("warm-up of 10", "whole chunks")),
+    (("--frames", "20"), ("20 frames", "multiple of 3", "nearest is 21")),
+    (("--frames", "0"), ("--frames", "run --help")),
+    (("--recent-frames", "2"), ("2", "recent")),
+    (("--recent-frames", "-3"), ("-3", "recent")),
+    (("--recent-frames", "12"), ("12", "recent")),
+    (("--ridge-absolute", "1", "--ridge-relative", "1"), ("--ridge-absolute and --ridge-relative",)),
+    (("--ridge-absolute", "-1"), ("--ridge-absolute -1.0", "0 or more")),
+    (("--ridge-relative", "nan"), ("--ridge-relative nan",)),
+    (("--layers", "1,9"), ("[9]", "0 to 3")),
+    (("--layers", "-1"), ("[-1]", "0 to 3")),
+    (("--layers", "1,1"), ("(1, 1)", "once")),
+    (("--layers", "first"), ("--layers 'first'", "0,3,7")),
+    (("--layers", ""), ("--layers ''", "0,3,7")),
+    (("--at", "soon"), ("--at 'soon'", "FRAME:PROMPT")),
+    (("--at", "²:red"), ("--at '²:red'", "FRAME:PROMPT")),
+    (("--at", "99:red"), ("--at '99:red'", "--frames 15")),
+    (("--window", "6"), ("--window", "--policy window")),
+    (("--window", "2", "--policy", "window"), ("window 2",)),
+    (("--out", "v.mp4"), ("no decoder", "--latents")),
+    (("--latents", "l.pt"), ("'.pt'", "'.safetensors'")),
+    (("--latents", "missing/l.safetensors"), ("does not exist", "create")),
+    (("--latents", "/proc/l.safetensors"), ("not writable", "choose another")),
+    (("--stats", "missing/s.json"), ("does not exist", "create")),
+    (("--save-deltas", "missing/d.safetensors"), ("does not exist", "create")),
+    (("--save-deltas", "d.safetensors", "--policy", "full"), ("--policy full", "absorbs")),
+    (("--save-deltas", "d.safetensors", "--frames", "9"), ("warm-up of 12", "--frames")),
+    (("--save-deltas", "d.safetensors", "--at", "6:red"), ("warm-up of 12", "--frames")),
+    (("--save-deltas", "kept.safetensors"), ("kept.safetensors", "two names")),
+    (("--deltas", "none.safetensors"), ("'none.safetensors'", "does not exist")),
+    (("--prompt-embeds", "none.safetensors"), ("'none.safetensors'", "does not exist")),
+    (("--seed", "99999999999"), ("--seed", "4294967296")),
+    (("--nonsense",), ("--nonsense", "run --help")),
+]
+
+
+@pytest.mark.parametrize(("flags", "parts"), BAD_RUNS, ids=[" ".join(flags) for flags, _ in BAD_RUNS])
+def test_a_bad_flag_is_one_line_and_leaves_no_file(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(command("run", tiny, "--frames", 15, "--latents", "kept.safetensors", "--json", *RUN, *flags), *parts)
+    assert not files(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there(tiny: Path) -> None:
+    refused(stream(tiny, "--device", "cuda"), "device 'cuda'", "no GPU", "--device cpu")
+
+
+def test_requant_needs_a_quantised_layer(floating: Path, tmp_path: Path) -> None:
+    done = stream(floating, "--delta", "requant", "--latents", tmp_path / "l.safetensors")
+    refused(done, "'requant'", "side or fold")
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (("--prompt", "a dragon"), ("'a dragon'", "red")),
+        (("--at", "6:"), ("no word the demo model knows",)),
+        (("--out", "v.avi"), ("'.avi'", "'.mp4'")),
+        (("--out", "missing/v.mp4"), ("create 'missing'",)),
+        (("--out", "/proc/v.mp4"), ("not writable",)),
+        (("--out", "v.mp4", "--sheet", "s.jpg"), ("'.jpg'", "'.png'")),
+    ],
+)
+def test_bad_flags_on_the_embedded_model(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(stream(demo, *flags), *parts)
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("demo", "--scheme", "w4a4"), ("scheme 'w4a4'", "w8a8")),
+        (("random", "--model", "sora"), ("'sora'", "longlive-1.3b")),
+        (("random",), ("--model", "longlive-1.3b")),
+        (("demo", "--model", "krea-14b"), ("krea-14b", "demo")),
+        (("none.safetensors",), ("none.safetensors",)),
+        (("demo", "--dtype", "int8"), ("dtype 'int8'", "bfloat16")),
+        (("demo", "--skip", "("), ("'('",)),
+        (("demo", "--lora", "none.safetensors"), ("none.safetensors",)),
+    ],
+)
+def test_quantise_refuses_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = command("quantize", *arguments, "-o", "bundle", "--json")
+    last = done.err.splitlines()[-1] + "\n"  # the chosen scheme is told before
+    refused(replace(done, err=last), *parts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_quantise_never_replaces_what_is_no_bundle(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for flags in ((), ("--overwrite",)):
+        done = command("quantize", "demo", "-o", tmp_path / "mine", *flags)
+        assert done.code == 2
+        assert "is no bundle" in done.err.splitlines()[-1]
+    assert files(tmp_path) == {"mine/thesis.txt": b"years of work"}
+    done = command("quantize", "demo", "-o", tiny)
+    assert done.code == 2
+    assert "exists" in done.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), MemoryError("8 GiB"), OSError(28, "No space left on device")])
+def test_a_quantise_that_is_cut_short_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    def fail(path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr(export.write, "write_tensors", fail)
+    done = command("quantize", "demo", "-o", tmp_path / "bundle", "--json")
+    assert done.code == (130 if isinstance(failure, KeyboardInterrupt) else 1)
+    assert done.out == ""
+    said = {KeyboardInterrupt: "interrupted", MemoryError: "out of memory (8 GiB)", OSError: "No space left on device"}
+    assert said[type(failure)] in done.err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+# -- damaged bundles and deltas
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change a bundle's tensors and mend its digests, as somebody else's writer would."""
+    tensors = load_file(folder / SHARD)
+    change(tensors)
+    save_file(tensors, folder / SHARD, {"format": "pt"})
+    manifest = json.loads((folder / MANIFEST).read_text())
+    digest = file_digest(folder / SHARD)
+    manifest["files"][SHARD] = {"sha256": digest.sha256, "bytes": digest.bytes}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def plant(name: str, value: float) -> Callable[[Path], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name].view(-1)[3] = value
+
+    return lambda folder: rewrite(folder, change)
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-100] ^= 1
+    path.write_bytes(raw)
+
+
+def with_field(name: str, value: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / MANIFEST
+        path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (shutil.rmtree, ("is no bundle", "quantize")),
+        (lambda folder: (folder / MANIFEST).unlink(), ("is no bundle", "quantize")),
+        (lambda folder: (folder / MANIFEST).write_text("{"), ("is not JSON",)),
+        (lambda folder: (folder / "config.json").unlink(), ("config.json' is missing", "copy it again")),
+        (lambda folder: (folder / SHARD).unlink(), ("is missing", "copy it again")),
+        (lambda folder: os.truncate(folder / SHARD, 5000), ("5000 bytes", "copy it again")),
+        (lambda folder: flip(folder / SHARD), ("sha256", "copy it again")),
+        (with_field("schema_version", 99), ("schema_version 99", "upgrade")),
+        (with_field("scheme", "w2a2"), ("scheme 'w2a2'", "w8a8-int8")),
+        (plant("head.head.weight", float("nan")), ("head.head.weight", "1 NaN or Inf")),
+        (plant("blocks.1.self_attn.o.weight_scale", float("inf")), ("blocks.1.self_attn.o.weight_scale", "NaN or Inf")),
+        (lambda folder: rewrite(folder, lambda t: t.pop("head.head.bias")), ("head.head.bias", "missing")),
+    ],
+)
+def test_a_damaged_bundle_is_refused_by_name(
+    tiny: Path, tmp_path: Path, damage: Callable[[Path], Any], parts: tuple[str, ...]
+) -> None:
+    shutil.copytree(tiny, tmp_path / "bundle")
+    damage(tmp_path / "bundle")
+    before = files(tmp_path)
+    refused(stream(tmp_path / "bundle", "--latents", tmp_path / "l.safetensors"), *parts)
+    assert files(tmp_path) == before
+
+
+def test_deltas_are_for_one_bundle_and_whole(tiny: Path, floating: Path, tmp_path: Path) -> None:
+    stored = tmp_path / "d.safetensors"
+    assert stream(tiny, "--save-deltas", stored).code == 0
+    refused(stream(floating, "--deltas", stored), str(stored), "one base only")
+    refused(stream(tiny, "--deltas", stored, "--policy", "no-sink"), "--policy absorb")
+    refused(stream(tiny, "--deltas", stored, "--recent-frames", "3"), "--recent-frames 0")
+    cut, foreign = tmp_path / "cut.safetensors", tmp_path / "foreign.safetensors"
+    cut.write_bytes(stored.read_bytes()[:-40])
+    refused(stream(tiny, "--deltas", cut), str(cut), "again")
+    save_file({"x": torch.zeros(1)}, foreign, {"format": "pt"})
+    refused(stream(tiny, "--deltas", foreign), str(foreign), "--save-deltas")
+    save_file({"x": torch.zeros(1)}, foreign, {HEADER_KEY: "{"})
+    refused(stream(tiny, "--deltas", foreign), str(foreign), "damaged")
+
+
+# -- runs that fail
+
+
+def test_activations_that_overflow_end_the_run_in_one_line(floating: Path, tmp_path: Path) -> None:
+    """Every weight is finite: it is the product that is not."""
+    shutil.copytree(floating, tmp_path / "bundle")
+    rewrite(tmp_path / "bundle", lambda tensors: tensors["head.head.weight"].fill_(3e38))
+    before = files(tmp_path)
+    done = stream(tmp_path / "bundle", "--latents", tmp_path / "l.safetensors")
+    refused(done, "chunk 1 of 5", "NaN or Inf", "--dtype float32", code=1)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_says_what_would_fit(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    denoise = Sampler.denoise
+
+    def fail(self: Sampler, chunk: int, *rest: Any) -> Tensor:
+        if chunk == 2:
+            raise failure
+        return denoise(self, chunk, *rest)
+
+    monkeypatch.setattr(Sampler, "denoise", fail)
+    done = stream(tiny, "--latents", tmp_path / "l.safetensors")
+    refused(done, "out of memory in chunk 3 of 5 (warm-up)", "--policy window --window 4", "--ratio 1", code=1)
+    assert not files(tmp_path)
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file of this process may grow beyond 600 bytes: the writer's own calls fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.usefixtures("full_disk")
+@pytest.mark.parametrize(("flag", "name"), [("--out", "v.mp4"), ("--latents", "l.safetensors"), ("--sheet", "s.png")])
+def test_a_full_disk_is_one_line_and_no_file(demo: Path, tmp_path: Path, flag: str, name: str) -> None:
+    refused(stream(demo, flag, tmp_path / name, "--policy", "full", frames=3), name, "could not be written", code=1)
+    assert not files(tmp_path)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_under_deltas_and_bundles(tiny: Path, tmp_path: Path) -> None:
+    refused(stream(tiny, "--save-deltas", tmp_path / "d.safetensors"), "could not write deltas", code=1)
+    done = command("quantize", "demo", "-o", tmp_path / "bundle", "--json")
+    assert (done.code, done.out) == (1, "")
+    assert "could not write bundle" in done.err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())

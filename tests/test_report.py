@@ -1,0 +1,383 @@
+"""What is made from a measured report: page, CSV, trace, comparison; and the page that documents its fields."""
+
+from __future__ import annotations
+
+import copy
+import csv as reader
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cli
+from ispa_deploy.errors import InputError
+from ispa_deploy.options import StreamOptions
+from ispa_deploy.profile.breakdown import Breakdown
+from ispa_deploy.profile.charts import _binned
+from ispa_deploy.profile.compare import Configuration, compare
+from ispa_deploy.profile.csv import csv
+from ispa_deploy.profile.diff import METRICS, difference, load, threshold
+from ispa_deploy.profile.html import html
+from ispa_deploy.profile.lane import open_lane, take_turn
+from ispa_deploy.profile.recorder import CLOCKS, CpuRecorder
+from ispa_deploy.profile.report import report_of
+from ispa_deploy.profile.trace import NAMES, TRACKS, decode, encode, trace
+from ispa_deploy.regions import FAMILIES, ROWS, recording, region
+from quant.audit import audit
+from tests.tiny import SPEC, tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = sorted(ROOT.glob("docs/results/*/*.json"))
+
+
+def configurations() -> list[Configuration]:
+    model = tiny_model(replace(SPEC, steps=(1000,)))
+    return [
+        Configuration(name="full", model=model, options=StreamOptions(policy="full"), audit=audit),
+        Configuration(name="ispa", model=model, options=StreamOptions(), audit=audit),
+    ]
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    """One recorded chunk per run, so that the typical chunk is the one in the timeline."""
+    return compare(configurations(), rounds=1, command="a <test> & more")
+
+
+@pytest.fixture
+def document(report: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy({"command": report["command"], "reports": [report]})
+
+
+def stored() -> Iterator[dict[str, Any]]:
+    """The reports of runs among the files that are kept."""
+    for path in STORED:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if "runs" in found and "paper" in found:
+            yield found
+
+
+# The schema
+
+
+def paths_of(value: Any, path: str = "") -> Iterator[str]:
+    """Every key below `value` as the schema's page writes it; versions of packages are not keys."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            dotted = f"{path}.{key}" if path else key
+            yield from ["env.packages.*"] if path == "env.packages" else paths_of(item, dotted)
+    elif isinstance(value, list):
+        for item in value or [None]:
+            yield from paths_of(item, f"{path}[]")
+    else:
+        yield path
+
+
+def documented() -> dict[str, bool]:
+    """Field -> whether the page calls it optional."""
+    page = (ROOT / "docs" / "report-schema.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    return {name: "optional" in row for row in rows for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
+
+
+def test_every_field_of_a_real_report_is_documented_and_every_documented_one_is_real(report: dict[str, Any]) -> None:
+    page = documented()
+    found = [set(paths_of(each)) for each in (report, *stored())]
+    assert len(found) > 1
+    parents = {name for name in page if any(other.startswith((f"{name}.", f"{name}[]")) for other in page)}
+    for paths in found:
+        lists = {path.removesuffix("[]") for path in paths if path.endswith("[]")}
+        assert not paths - set(page)
+        missing = {name for name, optional in page.items() if not optional} - paths - parents
+        assert not {name for name in missing if name.split("[].")[-2:][0].removesuffix("[]") not in lists}
+    assert report["schema_version"] == 1
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize(
+    ("kernel", "overhead", "attention", "overall"),
+    [
+        # 1.5x is what the dropped keys explain, and 100 ms over 70 is beyond the paper's 1.35x
+        (40.0, 1.0, "not reproduced: attention.kernel short by 1.26x", "reproduced"),
+        (30.0, 1.0, "inconclusive: self-attention gained 2.00x, the dropped keys explain 1.50x", None),
+        (30.0, 1.2, "inconclusive: the account of 'ispa' does not close", None),
+        (40.0, 0.9, "not reproduced: attention.kernel short by 1.26x", "inconclusive: the account of 'ispa'"),
+    ],
+)
+def test_nothing_is_reproduced_by_numbers_that_the_report_warns_of(
+    kernel: float, overhead: float, attention: str, overall: str | None
+) -> None:
+    """Lanes that really ran, with times of our own in the place of the measured ones."""
+    lanes = []
+    for configuration in configurations():
+        lane = open_lane(configuration, 3, CLOCKS["wall"])
+        take_turn(lane, 1, recorded_first=False, decoder=None, clock=CLOCKS["wall"])
+        lanes.append(lane)
+    full, ispa = lanes
+    full.recorded, full.plain = [chunk(60.0, 30.0, 10.0)] * 3, [100.0] * 3
+    ispa.recorded, ispa.plain = [chunk(kernel, 25.0, 5.0)] * 3, [(kernel + 30) / overhead] * 3
+    made = report_of(lanes, "full", pixel_frames=4, command="", clock="wall")
+    assert made["paper"]["attention"]["verdict"] == attention
+    assert made["paper"]["overall"]["verdict"].startswith(overall or attention)
+    assert made["paper"]["overall_w8a8"]["verdict"] == "not measured"
+    doubts = any("does not close" in text or "explain" in text for text in made["warnings"])
+    assert doubts == any("inconclusive" in entry["verdict"] for entry in made["paper"].values())
+
+
+def chunk(kernel: float, gemm: float, norm: float) -> Breakdown:
+    rows = {"attention.kernel": kernel, "linear.gemm": gemm, "overhead.norm": norm}
+    return Breakdown({**dict.fromkeys(ROWS, 0.0), **rows}, 0.0, sum(rows.values()))
+
+
+# The moments of a chunk
+
+
+def stepping() -> Any:
+    """A clock that is one millisecond later whenever it is asked."""
+    moments = iter(range(0, 10**9, 10**6))
+    return lambda: next(moments)
+
+
+def test_the_log_holds_every_mark_in_order_and_no_log_is_kept_unasked() -> None:
+    for log in (True, False):
+        recorder = CpuRecorder(stepping(), log=log)
+        for _ in range(2):  # used again, nothing is carried over
+            recorder.begin()
+            with recording(recorder), region("linear.gemm"), region("attention.cache"):
+                pass
+            assert sum(recorder.end()) == 5
+        names = [(NAMES[row], ms) for row, ms in recorder.stretches()]
+        order = ("unattributed", "linear.gemm", "attention.cache", "linear.gemm", "unattributed")
+        assert names == ([(name, 1.0) for name in order] if log else [])
+
+
+def test_a_timeline_neither_drifts_nor_leaves_holes() -> None:
+    stretches = [(number % 3, 0.0004) for number in range(10_000)]
+    pieces = list(decode(encode(stretches)))
+    assert sum(length for _, _, length in pieces) == 4000
+    assert all(start + length == after for (_, start, length), (_, after, _) in zip(pieces, pieces[1:], strict=False))
+    with pytest.raises(InputError, match="timeline with '99:1'"):
+        list(decode("0:5 99:1"))
+
+
+def test_the_trace_shows_the_chunk_that_the_report_counts(document: dict[str, Any]) -> None:
+    events = json.loads(trace(document))["traceEvents"]
+    names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert names == {"tiny: full", "tiny: ispa"}
+    for number, run in enumerate(document["reports"][0]["runs"], 1):
+        slices = [event for event in events if event["pid"] == number and event["ph"] == "X"]
+        truth = {**run["components"], "unattributed": run["unattributed_ms"]}
+        for row, ms in truth.items():
+            mine = [event for event in slices if event["name"] == row]
+            assert sum(event["dur"] for event in mine) / 1e3 == pytest.approx(ms, abs=1e-3 * (len(slices) + 1))
+            assert {TRACKS[event["tid"] - 1] for event in mine} <= {row.partition(".")[0]}
+        assert sum(event["dur"] for event in slices) / 1e3 == pytest.approx(sum(truth.values()), abs=2e-3)
+
+
+def test_the_columns_of_a_timeline_are_full_and_keep_the_families_shares(document: dict[str, Any]) -> None:
+    for run in document["reports"][0]["runs"]:
+        shares, total = _binned(run["timeline"])
+        assert all(sum(column) == pytest.approx(1) for column in zip(*shares.values(), strict=True))
+        for family in FAMILIES:
+            mine = sum(length for row, _, length in decode(run["timeline"]) if row.startswith(family))
+            assert sum(shares[family]) / len(shares[family]) == pytest.approx(mine / total)
+
+
+# CSV
+
+
+def test_the_csv_has_every_run_and_its_rows_add_up(document: dict[str, Any]) -> None:
+    document["reports"].append(next(stored()))
+    lines = list(reader.DictReader(io.StringIO(csv(document))))
+    runs = [run for report in document["reports"] for run in report["runs"]]
+    assert [line["run"] for line in lines] == [run["name"] for run in runs]
+    for line, run in zip(lines, runs, strict=True):
+        for family in FAMILIES:
+            rows = sum(float(line[row]) for row in ROWS if row.startswith(f"{family}."))
+            assert rows == pytest.approx(float(line[family]), rel=1e-4)
+        assert int(line["memory.weights"]) == run["memory"]["weights"]
+
+
+# The page
+
+
+class Page(HTMLParser):
+    """Tags in balance, attributes and text collected."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self.feed(source)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(params=["measured", *(f"stored {number}" for number, _ in enumerate(stored()))])
+def any_document(request: pytest.FixtureRequest, document: dict[str, Any]) -> dict[str, Any]:
+    kind, _, number = request.param.partition(" ")
+    return document if kind == "measured" else {"command": "", "reports": [list(stored())[int(number)]]}
+
+
+def test_the_page_is_whole_and_asks_for_nothing_from_outside(any_document: dict[str, Any]) -> None:
+    source = html(any_document)
+    page = Page(source)
+    assert not {tag for tag, *_ in page.attributes} & {"script", "link", "img", "iframe"}
+    assert "<script" not in source
+    assert not re.search(r"https?:|url\(|@import|@font-face", source)
+    anchors = {value for _, name, value in page.attributes if name == "id"}
+    assert {value.removeprefix("#") for _, name, value in page.attributes if name == "href"} <= anchors
+
+
+def test_the_page_says_what_was_measured(any_document: dict[str, Any]) -> None:
+    report = any_document["reports"][0]
+    text = Page(html(any_document)).text
+    others = [run for run in report["runs"] if run["name"] != report["baseline"]]
+    first = text[: text.index("Time of one chunk")]
+    assert f"{max(run['speedup'] for run in others):.2f}×" in first
+    assert report["env"]["cpu"] in first
+    for question in ("Where it comes from", "What limits it", "Measured on"):
+        assert question in first
+    assert (f"{len(report['warnings'])} warnings stand" in first) == (len(report["warnings"]) > 1)
+    assert all(warning in text for warning in report["warnings"])
+    for entry in report["paper"].values():
+        word, _, reason = entry["verdict"].partition(":")
+        assert f"{word}{reason}" in text
+    assert report["command"] in text
+
+
+def test_bars_are_as_long_as_their_times(any_document: dict[str, Any]) -> None:
+    """Within what is too thin to draw; all bars of a chart on one scale."""
+    report = any_document["reports"][0]
+    source = html(any_document)
+    chart = source[source.index("Time of one chunk") : source.index('class="axis"')]
+    bars = [
+        {kind: float(width) for kind, width in re.findall(r'class="(\w+)" style="width:([\d.]+)%', bar)}
+        for bar in chart.split('<div class="bar">')[1:]
+    ]
+    assert len(bars) == len(report["runs"])
+    scale = report["runs"][0]["families"]["linear"] / bars[0]["linear"]
+    for bar, run in zip(bars, report["runs"], strict=True):
+        assert sum(bar.values()) <= 100
+        for family in FAMILIES:
+            assert bar.get(family, 0) * scale == pytest.approx(run["families"][family], rel=2e-3, abs=0.3 * scale)
+
+
+def test_a_headline_that_its_own_breakdown_denies_is_not_explained(document: dict[str, Any]) -> None:
+    base, ispa = document["reports"][0]["runs"]
+    ispa["speedup"], ispa["wall_ms"] = 0.8, 0.5 * base["wall_ms"]
+    assert "unclear: by the recorded chunks the speed-up would be 2.00×" in html(document)
+
+
+def test_layers_alike_share_a_line_and_odd_ones_are_named(document: dict[str, Any]) -> None:
+    run = document["reports"][0]["runs"][0]
+    row = {"calls": 1, "dtype": "int8", "delta_mode": None}
+    run["audit"] = [{**row, "name": f"blocks.{n}.ffn.0", "kernel": "slow" if n == 2 else "fast"} for n in range(4)]
+    text = Page(html(document)).text
+    assert "blocks.*.ffn.0" in text
+    assert "fast (0, 1, 3)" in text
+    assert "slow (2)" in text
+
+
+# Two reports
+
+
+def grown(report: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The report of a machine where `ispa` takes `factor` of the time."""
+    later = copy.deepcopy(report)
+    later["runs"][1]["chunk_ms"]["median"] *= factor
+    return later
+
+
+def test_a_report_equals_itself(report: dict[str, Any]) -> None:
+    same = difference([report], [report], [f"{metric}:0%" for metric in METRICS])
+    assert len(same["rows"]) == 2 * len(METRICS)
+    assert all(row["before"] == row["after"] for row in same["rows"])
+    assert not same["failed"]
+
+
+@pytest.mark.parametrize(("factor", "limit", "failures"), [(1.1, 8, 1), (1.1, 11, 0), (0.5, 0, 0), (1.001, 0, 1)])
+def test_only_growth_beyond_the_threshold_fails(
+    report: dict[str, Any], factor: float, limit: int, failures: int
+) -> None:
+    found = difference([report], [grown(report, factor)], [f"latency:{limit}%"])
+    assert len(found["failed"]) == failures
+    changed = [row for row in found["rows"] if row["before"] != row["after"]]
+    assert [(row["run"], row["metric"]) for row in changed] == [("ispa", "latency")]
+    assert changed[0]["change"] == pytest.approx(factor - 1)
+
+
+def test_a_run_that_went_missing_fails_and_other_hardware_is_named(report: dict[str, Any]) -> None:
+    fewer = copy.deepcopy(report)
+    fewer["runs"].pop()
+    fewer["env"]["cpu"] = "another"
+    assert any("missing after" in text for text in difference([report], [fewer], ["kv:5%"])["failed"])
+    watched = difference([report], [fewer])
+    assert not watched["failed"]
+    assert any("cpu differs" in note for note in watched["notes"])
+
+
+@pytest.mark.parametrize("text", ["latency", "latency:8", "latency:-1%", "speed:8%", "latency:x%"])
+def test_a_threshold_must_be_a_metric_and_a_percentage(text: str) -> None:
+    with pytest.raises(InputError):
+        threshold(text)
+    assert threshold("kv: 2.5 %") == ("kv", 0.025)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"reports": []}', '{"reports": [{}]}', "\x00"])
+def test_a_file_without_reports_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "report.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match="written by `profile`"):
+        load(file)
+
+
+def test_reports_that_cannot_be_compared_are_refused(report: dict[str, Any]) -> None:
+    other = copy.deepcopy(report)
+    other["model"]["name"] = "another"
+    with pytest.raises(InputError, match="no run in common"):
+        difference([report], [other])
+    with pytest.raises(InputError, match="schema versions"):
+        difference([report], [{**report, "schema_version": 2}])
+    damaged = copy.deepcopy(report)
+    del damaged["runs"][0]["families"]
+    with pytest.raises(InputError, match="families"):
+        difference([report], [damaged])
+
+
+@pytest.mark.parametrize(("name", "limit", "code"), [("slow", "8%", 1), ("slow", "20%", 0), ("none", "8%", 2)])
+def test_the_command_ends_with_the_code_that_a_pipeline_needs(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: str, code: int
+) -> None:
+    (tmp_path / "old.json").write_text(json.dumps({"command": "", "reports": [report]}))
+    (tmp_path / "slow.json").write_text(json.dumps(grown(report, 1.1)))
+    files = [str(tmp_path / "old.json"), str(tmp_path / f"{name}.json")]
+    monkeypatch.setattr(sys, "argv", ["ispa-deploy", "compare", *files, "--fail-on", f"latency:{limit}", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (ended.value.code or 0) == code
