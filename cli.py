@@ -104,7 +104,12 @@ def quantize(
     source: Annotated[str, typer.Argument(help="`demo`, `random`, or a checkpoint: .safetensors, .pt, a folder.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's folder.")],
     model: Annotated[str | None, typer.Option(help="Model of the table; default: as the checkpoint looks.")] = None,
-    scheme: Annotated[str, typer.Option(help="w8a8 (best here), w8a8-int8 or none.")] = "w8a8",
+    scheme: Annotated[
+        str, typer.Option(help="w8a8 (best here), w8a8-int8, w8a8-int8-static, w8a8-fp8, bnb-int8 or none.")
+    ] = "w8a8",
+    plan: Annotated[
+        str, typer.Option(help="auto: per layer the fastest here that keeps its error small; FILE: that plan; none.")
+    ] = "none",
     skip: Annotated[
         list[str] | None, typer.Option(help="Regex of linears to keep in floating point; repeatable.")
     ] = None,
@@ -115,13 +120,18 @@ def quantize(
     dtype: DtypeOpt = "auto",
     seed: Annotated[int, typer.Option(help="Seed of `random` weights.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    threads: ThreadsOpt = None,
     json_only: JsonOpt = False,
     stats: StatsOpt = None,
 ) -> None:
     """Apply W8A8 post-training quantisation and write a safetensors bundle."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     document = _quantise(
         source, out, scheme, model=model, skip=skip or (), lora=lora, lora_alpha=lora_alpha, dtype=dtype_of(dtype),
-        seed=seed, overwrite=overwrite,
+        seed=seed, overwrite=overwrite, plan=plan,
     )  # fmt: skip
     emit(document, json_only, stats, lambda: typer.echo(f"bundle: {document['bundle']}"))
 
@@ -164,6 +174,9 @@ def run(
         str | None, typer.Option(help="Where statistics are summed; `cpu` saves GPU memory.")
     ] = None,
     attention: Annotated[str, typer.Option(help="Attention backend; auto is the best that runs here.")] = "auto",
+    allow_fallback: Annotated[
+        bool, typer.Option("--allow-fallback", help="Warn where 8-bit layers are simulated or idle; do not fail.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Video (.mp4).")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Contact sheet (.png); default: beside the video.")] = None,
     latents: Annotated[Path | None, typer.Option(help="Latents (.safetensors).")] = None,
@@ -184,12 +197,12 @@ def run(
         ridge_relative=ridge_of("relative", ridge_relative), ranking=ranking, delta=delta,
         stats_device=None if stats_device is None else str(device_of(stats_device)), backend=attention,
     )  # fmt: skip
-    opened = _open(bundle, device, dtype, threads, tune_allocator, prompt_embeds)
+    opened = _open(bundle, device, dtype, threads, tune_allocator, prompt_embeds, allow_fallback)
     opened = _accompanied(opened, text_encoder, tokenizer, prompt_cache, vae, decoder)
     if sheet is None and out is not None:
         sheet = out.with_suffix(".png")
     outputs = Outputs(video=out, sheet=sheet, latents=latents, scale=opened.pixel_scale, label=prompt)
-    document = _run(opened, prompt, options, outputs, at or [], deltas, save_deltas)
+    document = _run(opened, prompt, options, outputs, at or [], deltas, save_deltas, allow_fallback)
     emit(document, json_only, stats, lambda: print_run(document))
     if not document["complete"]:
         raise typer.Exit(INTERRUPTED)
@@ -314,7 +327,7 @@ def demo(
     make_folder(out)
     say("1/3  quantise the embedded model")
     quantised = _quantise("demo", out / "bundle", "w8a8", overwrite=True)
-    opened = _open(out / "bundle", "cpu", "auto", threads, True, None)
+    opened = _open(out / "bundle", "cpu", "auto", threads, True, None, True)
     say(f'2/3  stream "{prompt}" twice: full cache, then ISPA')
     runs = {}
     for policy in ("full", "absorb"):
@@ -322,7 +335,7 @@ def demo(
             video=out / f"{policy}.mp4", sheet=out / f"{policy}.png", scale=opened.pixel_scale, label=policy
         )
         options = StreamOptions(frames=frames, seed=seed, policy=policy)
-        runs[policy] = _run(opened, prompt, options, outputs, [], None, None)
+        runs[policy] = _run(opened, prompt, options, outputs, [], None, None, True)
         print_run(runs[policy], err=True)
         if not runs[policy]["complete"]:
             raise KeyboardInterrupt
@@ -338,16 +351,24 @@ def demo(
 
 def _quantise(source: str, out: Path, scheme: str, **choices: Any) -> dict[str, Any]:
     from export.convert import quantise_source
-    from quant import resolve
+    from quant import SCHEMES, resolve
+    from quant.schemes import W8A8
 
     chosen, line = resolve(scheme, "cpu")
     say(line)
-    folder, report = quantise_source(source, out, scheme=chosen, say=say, **choices)
+    candidates = [SCHEMES[name] for name in W8A8] if scheme == "w8a8" else [chosen]
+    folder, report = quantise_source(source, out, scheme=chosen, candidates=candidates, say=say, **choices)
     say(report.summary())
+    if report.plan is not None:
+        say(report.plan.summary())
+        print_table(*report.plan.table(), err=True)
     return {"bundle": str(folder), "scheme": chosen.name, **report.as_dict()}
 
 
-def _open(folder: Path, device: str, dtype: str, threads: int | None, tune: bool, prompt_embeds: Path | None) -> Bundle:
+def _open(
+    folder: Path, device: str, dtype: str, threads: int | None, tune: bool, prompt_embeds: Path | None,
+    fallback: bool = False,
+) -> Bundle:  # fmt: skip
     """A bundle on its device, with the process set up for it."""
     from quant import tune_allocator
 
@@ -360,7 +381,9 @@ def _open(folder: Path, device: str, dtype: str, threads: int | None, tune: bool
         torch.set_num_threads(threads)
     from export.bundle import open_bundle
 
-    return open_bundle(folder, device=place, dtype=dtype_of(dtype), prompt_embeds=prompt_embeds)
+    return open_bundle(
+        folder, device=place, dtype=dtype_of(dtype), prompt_embeds=prompt_embeds, allow_fallback=fallback
+    )
 
 
 def _accompanied(
@@ -381,12 +404,12 @@ def _accompanied(
 
 def _run(
     bundle: Bundle, prompt: str, options: StreamOptions, outputs: Any, later: list[str],
-    deltas: Path | None, save_deltas: Path | None,
+    deltas: Path | None, save_deltas: Path | None, fallback: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     from export.deltas import load_deltas, save_deltas_of
     from ispa_deploy.media.output import output_path
     from ispa_deploy.run import run_stream, stop_on_interrupt
-    from quant.audit import audit
+    from quant.audit import assert_ran, audit
 
     if save_deltas is not None:
         output_path(save_deltas, ".safetensors", "deltas")
@@ -404,12 +427,16 @@ def _run(
     if save_deltas is not None and (stream.absorber.deltas or document["complete"]):
         save_deltas_of(save_deltas, stream.absorber, base_sha256=bundle.base_sha256)
         document["outputs"]["deltas"] = str(save_deltas)
+    warnings = assert_ran(bundle.model, bundle.manifest.quantised, allow_fallback=fallback)
+    for warning in warnings:
+        say(f"warning: {warning}")
     return {
         "prompt": prompt,
         "seed": options.seed,
         "bundle": str(bundle.folder),
         **document,
-        "audit": audit(bundle.model),
+        "audit": audit(bundle.model, {layer.name: layer.why for layer in bundle.manifest.layers}),
+        "audit_warnings": warnings,
     }
 
 

@@ -44,14 +44,14 @@ def json_path(path: Path | None) -> Path | None:
     return path if path is None else output_path(path, path.suffix.lower(), "report")
 
 
-def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, err: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(*header)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(stderr=err).print(table)
 
 
 def print_mapping(document: dict[str, Any]) -> None:

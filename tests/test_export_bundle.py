@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import export.write
 from export import Bundle, Source, open_bundle, read_manifest, write_bundle
@@ -25,8 +25,9 @@ from ispa_deploy.errors import InputError, RunError
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions
 from ispa_deploy.specs import SPECS, ModelSpec
-from quant.convert import quantise_
-from quant.linear import Int8Linear
+from quant.convert import prepare_, quantise_
+from quant.kernels import runs
+from quant.linear import QuantisedLinear
 from quant.schemes import SCHEMES
 
 TINY = ModelSpec(
@@ -44,7 +45,13 @@ def tiny(scheme: str = "w8a8-int8", dtype: torch.dtype = torch.float32, spec: Mo
         if name.endswith("bias"):
             tensor.normal_(0, 0.1)
     model.to(dtype)
-    return model, quantise_(model, SCHEMES[scheme])
+    return model, quantise_(model, SCHEMES[scheme], ranges=ranges(model) if "static" in scheme else None)
+
+
+def ranges(model: Any) -> dict[str, float]:
+    """A calibrated range for every linear, no two alike."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return {name: 4 + 0.1 * index for index, name in enumerate(names)}
 
 
 def write(folder: Path, model: Any, report: Any, **options: Any) -> Path:
@@ -71,13 +78,16 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_the_reopened_bundle_computes_the_same_bits(tmp_path: Path, scheme: str, dtype: torch.dtype) -> None:
+    if scheme == "bnb-int8" and not runs("bnb", "cpu"):
+        pytest.skip("bitsandbytes does not run here")
     model, report = tiny(scheme, dtype)
-    bundle = open_bundle(write(tmp_path / "b", model, report))
+    bundle = open_bundle(write(tmp_path / "b", model, report), allow_fallback=True)
+    prepare_(model, allow_fallback=True)
     assert torch.equal(latents(bundle.model), latents(model))
     assert (bundle.model.dtype, bundle.spec) == (dtype, TINY)
     assert not bundle.model.training
     assert not any(parameter.requires_grad for parameter in bundle.model.parameters())
-    int8 = [module for module in bundle.model.modules() if isinstance(module, Int8Linear)]
+    int8 = [module for module in bundle.model.modules() if isinstance(module, QuantisedLinear)]
     assert len(int8) == len(report.quantised)
     assert all(layer.weight is None for layer in int8), "kernels are prepared"
 
@@ -87,7 +97,7 @@ def test_write_read_write_is_byte_equal(tmp_path: Path, scheme: str) -> None:
     model, report = tiny(scheme, torch.bfloat16)
     first, again = write(tmp_path / "a", model, report), write(tmp_path / "b", model, report)
     assert contents(first) == contents(again)
-    reread = write(tmp_path / "c", open_bundle(first).model, report)
+    reread = write(tmp_path / "c", open_bundle(first, allow_fallback=True).model, report)
     assert contents(first) == contents(reread)
 
 

@@ -132,25 +132,19 @@ def test_the_librarys_own_weights_are_the_same_model_from_a_folder_or_under_upst
     rng: torch.Generator, files: Path, tmp_path: Path
 ) -> None:
     state = upstream_weights(rng)
-    model = umt5(state, "here")
-    own = model.state_dict()
-    own.pop("encoder.embed_tokens.weight")
-    folder = tmp_path / "hf"
-    (folder / "text_encoder").mkdir(parents=True)
-    names = sorted(own)
-    for number, part in enumerate((names[:7], names[7:])):
-        save_file({name: own[name].clone() for name in part}, folder / "text_encoder" / f"model-{number}.safetensors")
+    config = umt5(state, "here").config
+    library = transformers.UMT5EncoderModel(config).eval().requires_grad_(False)
+    library.load_state_dict(umt5(state, "here").state_dict())
+    library.save_pretrained(str(tmp_path / "hf" / "text_encoder"), max_shard_size="8KB")
+    assert len(list((tmp_path / "hf" / "text_encoder").glob("*.safetensors"))) > 1
     torch.save(state, tmp_path / "upstream.pth")
-    make_tokeniser(folder / "tokenizer", ends=True)
-    first = reader(folder).rows(["a red cat"])[0]
-    second = reader(tmp_path / "upstream.pth", tokenizer=folder / "tokenizer").rows(["a red cat"])[0]
-    assert torch.equal(first, second)
-    config = model.config
-    library = transformers.UMT5EncoderModel(config).eval()
-    library.load_state_dict(model.state_dict())
-    tokens = open_tokeniser(folder / "tokenizer")("a red cat", padding="max_length", max_length=12, return_tensors="pt")
+    tokenizer = make_tokeniser(tmp_path / "hf" / "tokenizer", ends=True)
+    first = reader(tmp_path / "hf").rows(["a red cat"])[0]
+    second = reader(tmp_path / "upstream.pth", tokenizer=tokenizer).rows(["a red cat"])[0]
+    tokens = open_tokeniser(tokenizer)("a red cat", padding="max_length", max_length=12, return_tensors="pt")
     rows = library(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-    assert torch.equal(first[:, :4], rows[:, :4])
+    for mine in (first, second):  # not to the bit: kernels choose their path by the address of mapped weights
+        torch.testing.assert_close(mine[:, :4], rows[:, :4], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("ends", [True, False])

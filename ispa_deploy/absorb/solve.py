@@ -7,12 +7,14 @@ something else for every number of rows and every scale of activations.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ispa_deploy.absorb.stats import Statistics
+from ispa_deploy.errors import InputError
 
 RETRIES = 6
 """Factor-of-ten increases of λ that are tried, and reported, before a layer is given up."""
@@ -24,6 +26,10 @@ class Ridge:
 
     absolute: float = 0.0
     relative: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.absolute < math.inf and 0 <= self.relative < math.inf):
+            raise InputError(f"ridge {self.absolute} + {self.relative} tr(G)/I: expected finite numbers from 0 on")
 
     def strength(self, gram: Tensor) -> float:
         return self.absolute + self.relative * float(gram.diagonal().mean())

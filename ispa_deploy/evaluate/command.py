@@ -15,9 +15,9 @@ from ispa_deploy import __version__
 from ispa_deploy.demo.codec import BlockCodec
 from ispa_deploy.errors import InputError
 from ispa_deploy.evaluate.compare import evaluate
-from ispa_deploy.evaluate.table import markdown, replace_section, split_section, write_whole
+from ispa_deploy.evaluate.table import markdown, replace_section, split_section
 from ispa_deploy.evaluate.variants import VARIANTS, Pair, Variant, demo_pairs
-from ispa_deploy.media.output import output_path
+from ispa_deploy.media.output import output_path, replace_text
 from ispa_deploy.model import CausalWanDiT
 
 
@@ -57,7 +57,7 @@ def run_evaluation(
         **results,
     }
     if output is not None:
-        write_whole(output, json.dumps(document, indent=1, allow_nan=False) + "\n")
+        replace_text(output, json.dumps(document, indent=1, allow_nan=False) + "\n")
     if readme is not None:
         replace_section(readme, markdown(document))
     return document

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ispa_deploy.errors import InputError
 from ispa_deploy.evaluate.variants import twin
-from ispa_deploy.media.output import partial_path
+from ispa_deploy.media.output import replace_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,7 +93,7 @@ def terminal_table(document: dict[str, Any]) -> Table:
 def replace_section(path: Path, text: str) -> None:
     """Put `text` between the markers of a file, which stay; the file is replaced whole or not at all."""
     before, after = split_section(path)
-    write_whole(path, f"{before}{START}\n{text}\n{END}{after}")
+    replace_text(path, f"{before}{START}\n{text}\n{END}{after}")
 
 
 def split_section(path: Path) -> tuple[str, str]:
@@ -105,16 +104,6 @@ def split_section(path: Path) -> tuple[str, str]:
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise InputError(f"'{path}' does not hold {START} and {END} once each, in this order: put them where it goes")
     return text.split(START)[0], text.split(END)[1]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Through a temporary sibling, so that no half-written file is ever seen."""
-    partial = partial_path(path)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _lines(document: dict[str, Any]) -> Iterator[tuple[str, Numbers]]:

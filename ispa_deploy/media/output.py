@@ -36,8 +36,15 @@ def partial_path(path: Path) -> Path:
 
 def write_text(path: str | Path, text: str) -> Path:
     """Write a text file whole or not at all."""
-    target = output_path(path, Path(path).suffix.lower(), "report")
+    return replace_text(output_path(path, Path(path).suffix.lower(), "report"), text)
+
+
+def replace_text(target: Path, text: str) -> Path:
+    """The same where the path is known to be good."""
     partial = partial_path(target)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
     return target

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from ispa_deploy.media.output import partial_path
+from ispa_deploy.media.output import replace_text
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a temporary sibling, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, text)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
