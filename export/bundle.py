@@ -39,8 +39,8 @@ class Bundle:
     """An opened bundle: the model in eval mode, its kernels prepared, and what the manifest says of it.
 
     `prompt_embeds`: the text encoder's output for the first prompt, where the model cannot read prompts. `prompts`
-    reads them with a text encoder, and `decoders` makes a decoder for each stream (`export.companions`): neither is part of
-    the bundle.
+    reads them with a text encoder, and `decoders` makes a decoder for each stream (`export.companions`): neither is
+    part of the bundle.
     """
 
     model: CausalWanDiT
@@ -83,12 +83,12 @@ class Bundle:
         if self.manifest.source.kind == "random":
             return stand_in_rows(prompt, self.spec)
         raise InputError(
-            f"model '{self.spec.name}' has no text encoder in its bundle: pass --text-encoder PATH, or --prompt-embeds "
-            f"FILE.safetensors with '{EMBEDS}' of shape (L, {self.spec.text_dim})"
+            f"model '{self.spec.name}' has no text encoder in its bundle: name one with --text-encoder PATH, or "
+            f"pass --prompt-embeds FILE.safetensors with '{EMBEDS}' of shape (L, {self.spec.text_dim})"
         )
 
     def decoder(self) -> Decoder | None:
-        """Latents to pixels, for one stream: what `decoders` makes, or the demo's codec; None where there is neither."""
+        """Latents to pixels, for one stream: what `decoders` makes, else the demo's codec; None for other models."""
         if self.decoders is not None:
             return self.decoders()
         if self.spec.name != DEMO:

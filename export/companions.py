@@ -57,7 +57,7 @@ def accompany(
     if text_encoder is not None:
         if bundle.prompt_embeds is not None:
             raise InputError("--prompt-embeds and --text-encoder both give the first prompt's rows: leave one out")
-        cache = PromptCache(prompt_cache or default_prompt_cache())
+        cache = _cache(prompt_cache or default_prompt_cache())
         bundle = replace(bundle, prompts=prompt_reader(text_encoder, tokenizer, bundle.spec, device, cache))
     if decoder is not None:
         return replace(bundle, decoders=decoder_factory(decoder, vae, device))
@@ -80,8 +80,9 @@ def prompt_reader(
 
     def open_encoder() -> TextEncoder:
         model = umt5(_state(path, "text encoder")[0], where)
-        return TextEncoder(model.to(_room(state, device)), tokeniser, spec.text_len)
+        return TextEncoder(model.to(_room(needed, device)), tokeniser, spec.text_len)
 
+    needed = _HEADROOM * sum(tensor.nbytes for tensor in state.values())
     identity = f"{fingerprint(state)} {tokeniser_identity(folder)}"
     return PromptReader(open_encoder, identity, spec.text_len, spec.text_dim, cache)
 
@@ -112,11 +113,11 @@ def decoder_factory(name: str, weights: Path | None, device: torch.device) -> Ca
     if not (module and colon and attribute):
         raise InputError(f"--decoder '{name}': expected package.module:Class, for example mycodecs.tiny:Decoder")
     try:
-        made = getattr(importlib.import_module(module), attribute)
+        made = getattr(importlib.import_module(module), attribute, None)
     except ImportError as error:
         raise InputError(f"--decoder '{name}': {error}; install the module or put its folder in PYTHONPATH") from None
-    except AttributeError:
-        raise InputError(f"--decoder '{name}': module '{module}' has no '{attribute}'; check the name") from None
+    if made is None:
+        raise InputError(f"--decoder '{name}': module '{module}' has no '{attribute}'; check the name")
 
     def make() -> Decoder:
         decoder: Decoder = made(weights) if weights is not None else made()
@@ -127,6 +128,17 @@ def decoder_factory(name: str, weights: Path | None, device: torch.device) -> Ca
         return decoder
 
     return make
+
+
+def _cache(folder: Path) -> PromptCache:
+    """The folder is made now: an encoder of 11 GB is not opened for rows that cannot be kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"prompt cache '{folder}' cannot be made ({error.strerror}): name another with --prompt-cache FOLDER"
+        ) from None
+    return PromptCache(folder)
 
 
 def _state(path: Path, part: str) -> tuple[dict[str, Tensor], str]:
@@ -164,9 +176,8 @@ def _tokenizer_beside(path: Path) -> Path:
     raise InputError(f"no tokenizer beside '{path}': pass --tokenizer FOLDER (google/umt5-xxl of the base model)")
 
 
-def _room(state: Mapping[str, Tensor], device: torch.device) -> torch.device:
-    """`device` where the encoder fits beside what is there, else the CPU."""
-    needed = _HEADROOM * sum(tensor.nbytes for tensor in state.values())
+def _room(needed: float, device: torch.device) -> torch.device:
+    """`device` where that many bytes fit beside what is there, else the CPU."""
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < needed:
         return torch.device("cpu")
     return device

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from cli import app
 from export.companions import accompany, prompt_reader
 from export.manifest import Source
 from export.write import write_bundle
@@ -83,6 +85,40 @@ def reference(state: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
         gate = F.gelu(y @ state[f"{at}ffn.gate.0.weight"].T, approximate="tanh")
         x = x + (gate * (y @ state[f"{at}ffn.fc1.weight"].T)) @ state[f"{at}ffn.fc2.weight"].T
     return norm(x, "norm")
+
+
+@pytest.mark.parametrize("real", [12, 5])
+def test_sixteen_bit_weights_run_as_they_are(rng: torch.Generator, real: int) -> None:
+    """As upstream publishes them; compared with the same rounded numbers in 32 bit."""
+    state = {name: tensor.bfloat16() for name, tensor in upstream_weights(rng).items()}
+    ids = torch.randint(0, 20, (12,), generator=rng)
+    mask = (torch.arange(12) < real).long()
+    model = umt5(state, "here")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    rows = model(input_ids=ids[None], attention_mask=mask[None]).last_hidden_state[0, :real].float()
+    expected = reference({name: tensor.float() for name, tensor in state.items()}, ids, mask)[:real]
+    assert float((rows - expected).norm() / expected.norm()) < 0.03
+
+
+def test_the_published_geometry_is_read_off_the_shapes() -> None:
+    """Tensors of stride 0: 5.7 billion parameters that take no memory."""
+
+    def shape(*sizes: int) -> Tensor:
+        return torch.zeros((), dtype=torch.bfloat16).expand(sizes)
+
+    state = {"token_embedding.weight": shape(256384, 4096), "norm.weight": shape(4096)}
+    for i in range(24):
+        at = f"blocks.{i}."
+        state |= {f"{at}norm{n}.weight": shape(4096) for n in (1, 2)}
+        state |= {f"{at}attn.{n}.weight": shape(4096, 4096) for n in "qkvo"}
+        state[f"{at}pos_embedding.embedding.weight"] = shape(32, 64)
+        state |= {f"{at}ffn.{n}.weight": shape(10240, 4096) for n in ("gate.0", "fc1")}
+        state[f"{at}ffn.fc2.weight"] = shape(4096, 10240)
+    config: Any = umt5(state, "here").config
+    assert (config.d_kv, config.num_heads, config.d_ff, config.num_layers) == (64, 64, 10240, 24)
+    assert (config.dense_act_fn, config.relative_attention_max_distance) == ("gelu_new", 128)
+    assert config.layer_norm_epsilon == 1e-6
+    assert sum(tensor.numel() for tensor in state.values()) == 5_680_910_336
 
 
 def make_tokeniser(folder: Path, *, ends: bool) -> Path:
@@ -272,14 +308,34 @@ def test_a_stream_reads_its_prompts_and_their_cache_files_serve_as_embeddings(fi
     reading = accompany(bundle, text_encoder=files, prompt_cache=tmp_path / "cache")
     latents = [chunk.latents for chunk in reading.stream("a red ring", options)]
     other = [chunk.latents for chunk in reading.stream("the moon", options)]
-    (kept,) = [p for p in (tmp_path / "cache").iterdir() if p == reading.prompts.cache.path(
-        f"{reading.prompts.identity} {SPEC.text_len}", "a red ring")]  # fmt: skip
+    (tmp_path / "cache").rename(tmp_path / "before")
+    next(iter(accompany(bundle, text_encoder=files, prompt_cache=tmp_path / "cache").stream("a red ring", options)))
+    (kept,) = (tmp_path / "cache").iterdir()
     by_hand = replace(bundle, prompt_embeds=kept)
     for mine, theirs in zip(latents, by_hand.stream("ignored", options), strict=True):
         assert torch.equal(mine, theirs.latents)
     assert not torch.equal(latents[0], other[0])
     with pytest.raises(InputError, match="leave one out"):
         accompany(by_hand, text_encoder=files)
+
+
+def test_run_encodes_every_prompt_of_the_command(files: Path, tmp_path: Path) -> None:
+    """The latents it writes are those of a stream with the same rows, the later prompt's included."""
+    bundle = tiny_bundle(tmp_path / "bundle")
+    done = CliRunner().invoke(app, [
+        "run", str(bundle.folder), "--prompt", "a red ring", "--at", "3:the moon", "--frames", "6", "--policy", "full",
+        "--text-encoder", str(files), "--prompt-cache", str(tmp_path / "cache"), "--latents",
+        str(tmp_path / "l.safetensors"), "--threads", "1", "--json",
+    ])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    reading = accompany(bundle, text_encoder=files, prompt_cache=tmp_path / "other")
+    options = StreamOptions(frames=6, policy="full")
+    one, two = ([c.latents for c in reading.stream("a red ring", options, switches=switches)]
+                for switches in ([(3, "the moon")], []))  # fmt: skip
+    written = load_file(tmp_path / "l.safetensors")["latents"]
+    assert torch.equal(written, torch.cat(one, 1))
+    assert not torch.equal(one[1], two[1])
 
 
 def rejected(match: str, call: Callable[[], object]) -> None:
@@ -312,6 +368,8 @@ def test_what_cannot_be_used_is_refused_in_one_line(files: Path, tmp_path: Path)
     rejected("cannot be read", lambda: reader(files, tokenizer=tmp_path / "bad"))
     wide = encoder("wide.pth", {"token_embedding.weight": torch.zeros(3, 7)})
     rejected("rows of 7: model 'tiny' expects 24", lambda: reader(wide, tokenizer=tokenizer))
+    bundle = tiny_bundle(tmp_path / "bundle")
+    rejected("cannot be made .*--prompt-cache", lambda: accompany(bundle, text_encoder=files, prompt_cache=wide))
 
 
 def test_without_transformers_the_command_that_installs_it_is_named(

@@ -309,7 +309,7 @@ def test_layers_alike_share_a_line_and_odd_ones_are_named(document: dict[str, An
     run["audit"] = [{**row, "name": f"blocks.{n}.ffn.0", "kernel": "slow" if n == 2 else "fast"} for n in range(4)]
     text = Page(html(document)).text
     assert "blocks.*.ffn.0" in text
-    assert "fast (0, 1, 3)" in text
+    assert "fast (0-1, 3)" in text
     assert "slow (2)" in text
 
 

@@ -147,9 +147,9 @@ class TextEncoder:
             real = min(real + 1, self.length)
             ids[0, real - 1], mask[0, real - 1] = self.tokeniser.eos_token_id, 1
         vocabulary = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        if int(ids.max()) >= vocabulary:
+        if (largest := int(ids.max())) >= vocabulary:
             raise InputError(
-                f"the tokenizer gives token {int(ids.max())}, the text encoder knows {vocabulary}: use its own tokenizer"
+                f"the tokenizer gives token {largest}, the text encoder knows {vocabulary}: use its own tokenizer"
             )
         device = next(self.model.parameters()).device
         # Padding stays in: leaving it out would change the last bits against upstream.

@@ -1,0 +1,243 @@
+"""The sections of `report.html` below its first screen: tables, timelines and audit of one report; and its names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from ispa_deploy.profile.breakdown import RULES
+from ispa_deploy.profile.charts import milliseconds, timeline
+from ispa_deploy.profile.table import explanations, paper_grid
+from ispa_deploy.regions import FAMILIES, ROWS
+
+Report = dict[str, Any]
+Run = dict[str, Any]
+
+_TITLES = {
+    "full": "Full cache",
+    "ispa": "ISPA",
+    "full+w8a8": "Full cache + W8A8",
+    "ispa+w8a8": "ISPA + W8A8",
+    "local+w8a8": "Local attention + W8A8, nothing absorbed",
+    "published": "Published code",
+}
+_MEMORY = {
+    "weights": "weights",
+    "kv_persistent": "keys and values kept",
+    "kv_scratch": "keys and values of the chunk in work",
+    "deltas": "absorbed deltas",
+    "statistics": "statistics, until the transition",
+    "peak": "peak",
+}
+_BADGES = {"reproduced": "good", "not reproduced": "bad", "inconclusive": "doubt"}
+
+
+def section(report: Report, number: int) -> str:
+    runs: list[Run] = report["runs"]
+    titles = [title(run) for run in runs]
+    blocks = [
+        _block("The paper's figures", _paper(report)),
+        _block("What is possible", "".join(f"<p>{escape(text)}</p>" for text in explanations(report))),
+        _block("Where the time goes", _components(runs, titles), "Milliseconds of one chunk and share of it."),
+        _block("How steady, and does the account close", _steadiness(runs, titles)),
+        _block("Memory", _memory(runs, titles), _peak_note(report)),
+        *_timelines(report),
+        _audit(runs, titles),
+    ]
+    return (
+        f'<section><h2>{escape(model_line(report))}</h2><p class="soft">{escape(hardware(report))}</p>'
+        f"{_warnings(report, number)}{''.join(blocks)}{_footer(report)}</section>"
+    )
+
+
+def _block(heading: str, body: str, note: str = "") -> str:
+    below = f'<p class="soft small">{note}</p>' if note else ""
+    return f'<div class="card"><h3>{heading}</h3>{body}{below}</div>\n'
+
+
+def _warnings(report: Report, number: int) -> str:
+    if not report["warnings"]:
+        return ""
+    items = "".join(f"<li>{escape(text)}</li>" for text in report["warnings"])
+    head = "<strong>Do not quote these numbers without what follows</strong>"
+    return f'<div class="warnings" id="warnings-{number}">{head}<ul>{items}</ul></div>'
+
+
+def _paper(report: Report) -> str:
+    head, *lines = paper_grid(report)
+    return _table(head, [(None, [escape(label), paper, here, _badge(text)]) for label, paper, here, text in lines])
+
+
+def _badge(verdict: str) -> str:
+    word, colon, reason = verdict.partition(":")
+    return f'<span class="badge {_BADGES.get(word, "none")}">{escape(word)}</span>{escape(reason) if colon else ""}'
+
+
+def _components(runs: Sequence[Run], titles: Sequence[str]) -> str:
+    lines: list[tuple[str | None, list[str]]] = []
+    for family in FAMILIES:
+        lines.append(("sum", [family, *(_share(run["families"][family], run) for run in runs)]))
+        for row in ROWS:
+            if row.startswith(f"{family}.") and any(run["components"][row] for run in runs):
+                lines.append((None, [ROWS[row], *(_share(run["components"][row], run) for run in runs)]))
+    lines.append(("sum", ["in no row", *(_share(run["unattributed_ms"], run) for run in runs)]))
+    lines.append(("sum", ["whole chunk, recorded", *(_share(run["wall_ms"], run) for run in runs)]))
+    return _table(["", *map(escape, titles)], lines, kind="numbers tree")
+
+
+def _steadiness(runs: Sequence[Run], titles: Sequence[str]) -> str:
+    lines: list[tuple[str | None, list[str]]] = [
+        (None, [f"chunk, {name}, ms", *(milliseconds(run["chunk_ms"][key]) for run in runs)])
+        for key, name in {"median": "median", "p90": "90th percentile", "p99": "99th percentile"}.items()
+    ]
+    lines.append((None, ["chunks timed", *(str(run["chunk_ms"]["n"]) for run in runs)]))
+    for key, name in {"dit": "frames/s, model alone", "with_vae": "frames/s, with decoding"}.items():
+        if any(run["fps"][key] for run in runs):
+            lines.append((None, [name, *(f"{run['fps'][key]:.2f}" if run["fps"][key] else "-" for run in runs)]))
+    for rule, name in RULES.items():
+        lines.append((None, [name.rstrip(":"), *(_rule(run["closing"], rule) for run in runs)]))
+    return _table(["", *map(escape, titles)], lines, kind="numbers")
+
+
+def _rule(closing: dict[str, Any], rule: str) -> str:
+    kind = "bad" if rule in closing["broken"] else "good"
+    text = f"{100 * closing[rule]:.2g} % of {100 * closing['limits'][rule]:g} %"
+    return f'<span class="badge {kind}" title="found of allowed">{text}</span>'
+
+
+def _memory(runs: Sequence[Run], titles: Sequence[str]) -> str:
+    lines: list[tuple[str | None, list[str]]] = [
+        (None, [label, *(f"{run['memory'][name] / 2**20:,.1f}" for run in runs)]) for name, label in _MEMORY.items()
+    ]
+    lines.append(("sum", ["keys and values, % of the full cache", *(f"{run['kv_percent']:.1f}" for run in runs)]))
+    return _table(["MiB", *map(escape, titles)], lines, kind="numbers")
+
+
+def _peak_note(report: Report) -> str:
+    if report["env"]["gpu"]:
+        return "Peak: what one run holds and what the allocator took on top of it."
+    return "Peak: of the whole process with all runs in it; a CPU keeps no count per run."
+
+
+def _timelines(report: Report) -> list[str]:
+    """Of the baseline and of the best run: what went, and what is left."""
+    best = best_run(report)
+    chosen = [base_run(report)] + ([best] if best else [])
+    kept = all(run.get("timeline") for run in chosen)
+    note = (
+        "The chunk recorded last. Height: share of each moment that belongs to the family."
+        if kept
+        else "This report kept no moments: its rows are shown end to end, in the order of the table."
+    )
+    return [_block(f"One chunk, {escape(title(run))}", timeline(run), note) for run in chosen]
+
+
+def _audit(runs: Sequence[Run], titles: Sequence[str]) -> str:
+    """Which kernel every linear layer ran: layers alike but for their block share a line."""
+    columns = [_kernels(run["audit"]) for run in runs]
+    groups = list(dict.fromkeys(group for column in columns for group in column))
+    if not groups:
+        return ""
+    lines = [[f"<code>{escape(group)}</code>", *(column.get(group, "-") for column in columns)] for group in groups]
+    table = _table(["layer", *map(escape, titles)], [(None, line) for line in lines])
+    return f'<div class="card"><details><summary>What every linear layer really ran</summary>{table}</details></div>\n'
+
+
+def _kernels(audit: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Layer, `*` for the block's number -> the kernels it ran, with the blocks where these differ."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in audit:
+        name = row.get("name", "all linear layers")
+        notes = (row["delta_mode"] and f"delta {row['delta_mode']}", row.get("why"))
+        kernel = ", ".join((row["kernel"], *(note for note in notes if note)))
+        block = re.search(r"\.(\d+)\.", name)
+        count = f"{row['layers']} layers" if "layers" in row else str(block[1]) if block else ""
+        found.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), {}).setdefault(kernel, []).append(count)
+    return {group: "<br>".join(_blocks(kinds)) for group, kinds in found.items()}
+
+
+def _blocks(kinds: dict[str, list[str]]) -> Iterable[str]:
+    for kernel, blocks in kinds.items():
+        where = f' <span class="soft">({escape(_spans(blocks))})</span>' if len(kinds) > 1 else ""
+        yield escape(kernel) + where
+
+
+def _spans(blocks: Sequence[str]) -> str:
+    """Numbers in a row as `first-last`; anything else as it is."""
+    spans: list[list[str]] = []
+    for block in blocks:
+        if spans and block.isdigit() and spans[-1][-1] == str(int(block) - 1):
+            spans[-1] = [spans[-1][0], block]
+        else:
+            spans.append([block])
+    return ", ".join("-".join(span) for span in spans)
+
+
+def _footer(report: Report) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in report["env"].get("packages", {}).items())
+    env = report["env"]
+    return (
+        f'<footer class="soft small"><code>{escape(report["command"])}</code><br>'
+        f"Python {escape(str(env['python']))}, {escape(str(env['system']))}, torch {escape(env['torch'])}"
+        f"{', ' + escape(packages) if packages else ''}; schema version {report['schema_version']}</footer>"
+    )
+
+
+def _table(head: Sequence[str], lines: Sequence[tuple[str | None, list[str]]], *, kind: str = "words") -> str:
+    """A table that scrolls by itself where it is too wide; cells are HTML already, a line may have a class."""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = "".join(
+        f'<tr class="{line or ""}"><th scope="row" class="row">{cells[0]}</th>'
+        + "".join(f"<td>{cell}</td>" for cell in cells[1:])
+        + "</tr>"
+        for line, cells in lines
+    )
+    return f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _share(ms: float, run: Run) -> str:
+    return f"{milliseconds(ms)}<small>{100 * ms / run['wall_ms']:.0f} %</small>" if ms else "-<small></small>"
+
+
+# -- names
+
+
+def title(run: Run) -> str:
+    name = str(run["name"])
+    return _TITLES.get(name, name)
+
+
+def span(run: Run) -> str:
+    """A median chunk in words."""
+    ms = run["chunk_ms"]["median"]
+    return f"{ms / 1e3:.2f} s" if ms >= 1e3 else f"{milliseconds(ms)} ms"
+
+
+def base_run(report: Report) -> Run:
+    return next(run for run in report["runs"] if run["name"] == report["baseline"])
+
+
+def best_run(report: Report) -> Run | None:
+    """The fastest run that is not the baseline."""
+    others = [run for run in report["runs"] if run["name"] != report["baseline"]]
+    return max(others, key=lambda run: run["speedup"]) if others else None
+
+
+def model_line(report: Report) -> str:
+    model = report["model"]
+    geometry = model["geometry"]
+    return (
+        f"{model['name']}: {geometry['layers']} layers of width {geometry['dim']}, {model['dtype']}, "
+        f"window of {model['window']} frames"
+    )
+
+
+def hardware(report: Report) -> str:
+    env = report["env"]
+    threads = f"{env['threads']} thread{'s' if env['threads'] != 1 else ''}"
+    device = env["gpu"] or f"{env['cpu']}, {threads}"
+    clock = {"wall": "wall time", "cpu": "CPU time"}.get(env.get("clock"), "")
+    chunks = min(run["chunk_ms"]["n"] for run in report["runs"])
+    return ", ".join(part for part in (device, f"torch {env['torch']}", clock, f"{chunks} chunks per run") if part)
