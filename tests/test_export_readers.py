@@ -1,6 +1,6 @@
 """The ecosystem's own packages read our files: their weights are our weights, their layers compute what ours compute.
 
-Each part is skipped where its package is not installed (extra `readers`; `hf` for diffusers).
+Each part is skipped where its package is not installed (they are in the `dev` extra).
 """
 
 from __future__ import annotations
