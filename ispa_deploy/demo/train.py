@@ -43,7 +43,7 @@ CODEC = BlockCodec()
 class Recipe:
     """Everything that decides the weights beside the code."""
 
-    steps: int = 4600
+    steps: int = 5600
     clips: int = 4
     first_chunks: int = 8
     first_chunk_weight: float = 0.25

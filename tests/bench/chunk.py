@@ -58,6 +58,7 @@ def measure(geometry: str, plan: Plan, device: str, rounds: int | None, shared: 
         rounds=rounds or plan.rounds,
         pixel_frames=model.spec.temporal_stride,
         clock=plan.shared_clock if shared else "wall",
+        timeline=False,
         command=f"python -m tests.bench.chunk {geometry} --device {device}{' --shared' if shared else ''}",
         progress=lambda step: print(f"{time.monotonic() - start:6.0f} s  {step}", flush=True),
     )
