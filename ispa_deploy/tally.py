@@ -28,7 +28,7 @@ class Outputs:
     def check(self, decodes: bool) -> None:
         """InputError for a file that could not be written, before any work is done."""
         if not decodes and (self.video or self.sheet):
-            raise InputError("this bundle has no decoder to pixels: name one with --vae or --decoder, or ask for --latents")
+            raise InputError("this bundle has no decoder to pixels: name one with --vae or --decoder, or use --latents")
         for path, suffix, what in (
             (self.video, ".mp4", "video"),
             (self.sheet, ".png", "contact sheet"),
