@@ -226,8 +226,9 @@ class Absorber:
         """Rounded here, before its first use, to what would be stored: a stored delta is the delta that ran."""
         assert solution.weight is not None
         device = self.cache.device
-        bias = solution.bias.float().to(device) if solution.bias is not None else None
-        return Delta(solution.weight.to(self.dtype).to(device), bias)
+        share = self.settings.share
+        bias = (share * solution.bias).float().to(device) if solution.bias is not None else None
+        return Delta((share * solution.weight).to(self.dtype).to(device), bias)
 
     def _localise(self, layer: int, delta: Delta | None) -> None:
         self.cache.localise(layer, self.policy.sink, self.cache.recent)

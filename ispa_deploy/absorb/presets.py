@@ -19,6 +19,8 @@ class Settings:
     `all_rows` also counts chunks that have no history yet, whose gap is exactly zero. `ranking`: `epsilon` is the error
     on the rows of the fit, `heldout` the error on the last warm-up chunk of a fit to the ones before. `rows_per_width`:
     rows are subsampled by a stride that keeps at least this many times the layer's width; None keeps every row.
+    `share`: how much of ΔW and bias is applied. Layers are fitted one by one but absorb together, each on inputs that
+    the others have already changed: a little less of each is closer to the full run (docs/log.md).
     """
 
     warmup: int = 12
@@ -27,6 +29,7 @@ class Settings:
     intercept: bool = True
     all_rows: bool = False
     ranking: str = "heldout"
+    share: float = 0.7
     rows_per_width: int | None = 8
     double: bool = False
 
@@ -49,6 +52,7 @@ PRESETS: dict[str, Settings] = {
         intercept=False,
         all_rows=True,
         ranking="epsilon",
+        share=1.0,
         rows_per_width=None,
     ),
     "tuned": Settings(),
