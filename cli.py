@@ -167,6 +167,7 @@ def run(
     ridge_absolute: Annotated[float | None, typer.Option(help="λ itself (the paper's 0.001).")] = None,
     ridge_relative: Annotated[float | None, typer.Option(help="ρ in λ = ρ · tr(G) / D.")] = None,
     ranking: Annotated[str | None, typer.Option(help="epsilon, heldout or random.")] = None,
+    share: Annotated[float | None, typer.Option(min=0, max=1, help="How much of the solution is applied.")] = None,
     delta: Annotated[str, typer.Option(help="auto, side, requant or fold.")] = "auto",
     save_deltas: Annotated[Path | None, typer.Option(help="Write the stream's deltas here (.safetensors).")] = None,
     deltas: Annotated[Path | None, typer.Option(help="Start with stored deltas, without a warm-up.")] = None,
@@ -194,7 +195,7 @@ def run(
     options = StreamOptions(
         frames=frames, seed=seed, policy=policy, preset=preset, ratio=ratio, layers=integers_of(layers), warmup=warmup,
         recent_frames=recent_frames, window=window, ridge_absolute=ridge_of("absolute", ridge_absolute),
-        ridge_relative=ridge_of("relative", ridge_relative), ranking=ranking, delta=delta,
+        ridge_relative=ridge_of("relative", ridge_relative), ranking=ranking, share=share, delta=delta,
         stats_device=None if stats_device is None else str(device_of(stats_device)), backend=attention,
     )  # fmt: skip
     opened = _open(bundle, device, dtype, threads, tune_allocator, prompt_embeds, allow_fallback)

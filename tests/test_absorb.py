@@ -373,7 +373,7 @@ def test_corrections_are_rounded_to_what_would_be_stored() -> None:
         solution = stream.absorber.records[layer].solution
         assert solution is not None
         assert solution.weight is not None
-        assert torch.equal(delta.weight, solution.weight.bfloat16())
+        assert torch.equal(delta.weight, (stream.absorber.settings.share * solution.weight).bfloat16())
         assert delta.bias is not None
         assert delta.bias.dtype == torch.float32
 

@@ -37,6 +37,8 @@ class Settings:
         """InputError unless the warm-up holds the chunks this kind of fit needs."""
         if self.ranking not in RANKINGS:
             raise known_names("ranking", self.ranking, RANKINGS)
+        if not 0 <= self.share <= 1:
+            raise InputError(f"share {self.share} of the solution: expected a number between 0 and 1")
         needed = first + (2 if self.ranking == "heldout" else 1) * chunk
         if self.warmup < needed or (self.warmup - first) % chunk:
             raise InputError(
