@@ -6,43 +6,20 @@ Triton kernel keeps the accumulator in registers and writes the scaled bfloat16.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ispa_deploy.regions import region
-from quant.primitives import Activations, quantise_fixed, quantise_rows, rescale
+from quant.kernels_stored import StoredKernel
+from quant.primitives import quantise_fixed, quantise_rows, rescale
 
 # `_int_mm` refuses fewer rows on CUDA.
 MIN_ROWS = 17
 
 
-@dataclass(frozen=True)
-class _CudaKernel:
+class _CudaKernel(StoredKernel):
     """What the kernels of this file share: signed activation codes, weight codes (N, K) as they are stored."""
-
-    name: str
-    exact: bool = True
-    activations: Activations = "int8"
-
-    @property
-    def unsigned(self) -> bool:
-        """Whether activation codes are uint8 with zero point 128."""
-        return self.activations == "uint8"
-
-    def fits(self, features: int, outputs: int) -> bool:
-        """Every shape with something in it."""
-        return features > 0 and outputs > 0
-
-    def pack(self, codes: Tensor) -> Tensor:
-        """The codes themselves."""
-        return codes
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """The codes themselves."""
-        return packed
 
     def quantise(self, x: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `quant.kernels.Kernel`."""

@@ -13,30 +13,17 @@ from torch import Tensor
 
 from ispa_deploy.errors import RunError
 from ispa_deploy.regions import region
+from quant.kernels_stored import StoredKernel
 from quant.primitives import Activations, quantise_rows_fp8, rescale
 
 CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
-class _Float8Kernel:
+class _Float8Kernel(StoredKernel):
     """What the kernels of this file share: activation and weight codes in e4m3, the weight (N, K) as it is stored."""
 
-    name: str
-    exact: bool = True
     activations: Activations = "float8"
-
-    def fits(self, features: int, outputs: int) -> bool:
-        """Every shape with something in it."""
-        return features > 0 and outputs > 0
-
-    def pack(self, codes: Tensor) -> Tensor:
-        """The codes themselves."""
-        return codes
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """The codes themselves."""
-        return packed
 
     def quantise(self, x: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `quant.kernels.Kernel`."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ispa_deploy.regions import region
+from quant.kernels_stored import StoredKernel
 from quant.primitives import Activations, watch_rows
 
 # bitsandbytes stores 127 times the scale.
@@ -21,24 +22,10 @@ SCB_PER_SCALE = 127.0
 
 
 @dataclass(frozen=True)
-class _PackageKernel:
+class _PackageKernel(StoredKernel):
     """What the kernels of this file share: floating-point rows in, weight codes (N, K) as they are stored."""
 
-    name: str
-    exact: bool = True
     activations: Activations = "float"
-
-    def fits(self, features: int, outputs: int) -> bool:
-        """Every shape with something in it."""
-        return features > 0 and outputs > 0
-
-    def pack(self, codes: Tensor) -> Tensor:
-        """The codes themselves."""
-        return codes
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """The codes themselves."""
-        return packed
 
     def quantise(self, x: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The rows as they are; only those that are not finite are noted."""

@@ -142,6 +142,20 @@ def test_nothing_is_reproduced_by_numbers_that_the_report_warns_of(
     assert doubts == any("inconclusive" in entry["verdict"] for entry in made["paper"].values())
 
 
+def test_an_unsteady_run_reproduces_nothing() -> None:
+    """The median is beyond the paper's 1.35x, but the quartiles of the run lie far apart."""
+    lanes = []
+    for configuration in configurations():
+        lane = open_lane(configuration, 3, CLOCKS["wall"])
+        take_turn(lane, 1, recorded_first=False, decoder=None, clock=CLOCKS["wall"])
+        lanes.append(lane)
+    full, ispa = lanes
+    full.recorded, full.plain = [chunk(60.0, 30.0, 10.0)] * 3, [100.0] * 3
+    ispa.recorded, ispa.plain = [chunk(40.0, 25.0, 5.0)] * 3, [40.0, 70.0, 100.0]
+    made = report_of(lanes, "full", pixel_frames=4, command="", clock="wall")
+    assert made["paper"]["overall"]["verdict"] == "inconclusive: the chunks of 'ispa' differ too much"
+
+
 def chunk(kernel: float, gemm: float, norm: float) -> Breakdown:
     rows = {"attention.kernel": kernel, "linear.gemm": gemm, "overhead.norm": norm}
     return Breakdown({**dict.fromkeys(ROWS, 0.0), **rows}, 0.0, sum(rows.values()))

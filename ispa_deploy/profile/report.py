@@ -78,13 +78,14 @@ def warnings(report: dict[str, Any]) -> list[str]:
 
 def doubt(report: dict[str, Any], figure: str) -> str | None:
     """Why this figure of the paper cannot count as reproduced by this report, whatever it came to; None if it can."""
-    open_accounts = [
-        run["name"]
-        for run in report["runs"]
-        if run["name"] in (report["baseline"], FIGURE_RUNS[figure]) and not run["closing"]["closed"]
-    ]
+    runs = [run for run in report["runs"] if run["name"] in (report["baseline"], FIGURE_RUNS[figure])]
+    open_accounts = [run["name"] for run in runs if not run["closing"]["closed"]]
     if open_accounts:
         return f"the account of '{open_accounts[0]}' does not close"
+    times = {run["name"]: run["chunk_ms"] for run in runs}
+    unsteady = [name for name, ms in times.items() if ms["spread"] > UNSTEADY * ms["median"]]
+    if unsteady:
+        return f"the chunks of '{unsteady[0]}' differ too much"
     return _unexplained(report)
 
 

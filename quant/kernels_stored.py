@@ -1,0 +1,35 @@
+"""What kernels share that multiply the weight codes as a bundle stores them, (N, K), without a packed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quant.primitives import Activations
+
+
+@dataclass(frozen=True)
+class StoredKernel:
+    """A kernel whose packed weight is the codes themselves; see `quant.kernels.Kernel`."""
+
+    name: str
+    exact: bool = True
+    activations: Activations = "int8"
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether activation codes are uint8 with zero point 128."""
+        return self.activations == "uint8"
+
+    def fits(self, features: int, outputs: int) -> bool:
+        """Every shape with something in it."""
+        return features > 0 and outputs > 0
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """The codes themselves."""
+        return codes
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The codes themselves."""
+        return packed
