@@ -19,14 +19,11 @@ from ispa_deploy.flags import (
     check_deltas_to_come,
     device_of,
     dtype_of,
-    integers_of,
     make_folder,
-    ridge_of,
     switch_of,
 )
 from ispa_deploy.printing import (
     emit,
-    json_path,
     print_mapping,
     print_profile,
     print_run,
@@ -36,10 +33,27 @@ from ispa_deploy.printing import (
     to_json,
     write_reports,
 )
+from ispa_deploy.run_flags import (
+    BundleArg,
+    DeviceOpt,
+    DtypeOpt,
+    FileFlags,
+    JsonOpt,
+    MachineFlags,
+    NetworkFlags,
+    PromptFlags,
+    SeedOpt,
+    StatsOpt,
+    StreamFlags,
+    ThreadsOpt,
+    TuneOpt,
+    grouped,
+)
 
 if TYPE_CHECKING:
     from export.bundle import Bundle
     from ispa_deploy.options import StreamOptions
+    from ispa_deploy.run import Outputs
 
 app = typer.Typer(
     name="ispa-deploy",
@@ -53,19 +67,7 @@ app = typer.Typer(
 # What typer raises for a command line it cannot read; the base class has no public name in all of its versions.
 UsageError: type[Any] = typer.BadParameter.__bases__[0]
 INTERRUPTED = 130
-MAX_SEED = 2**32
 MID_LAYERS = 4  # layers of the mid geometry that `profile` times: each costs the same, and the demo has minutes
-
-BundleArg = Annotated[Path, typer.Argument(help="Folder written by `quantize`.", show_default=False)]
-JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; progress goes to stderr.")]
-StatsOpt = Annotated[
-    Path | None, typer.Option("--stats", callback=json_path, help="Also write the JSON document to this file.")
-]
-SeedOpt = Annotated[int, typer.Option(min=-MAX_SEED, max=MAX_SEED, help="Same seed, same video, on one device.")]
-DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-DtypeOpt = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32: what is not quantised runs in it.")]
-ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice.")]
-TuneOpt = Annotated[bool, typer.Option(help="On glibc, keep freed memory for reuse: faster, larger resident set.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -137,73 +139,25 @@ def quantize(
 
 
 @app.command()
+@grouped
 def run(
     bundle: BundleArg,
-    prompt: Annotated[str, typer.Option(help="What to show.")] = "a fast red ring over teal waves",
-    prompt_embeds: Annotated[
-        Path | None, typer.Option(help="Text rows from a safetensors file, for models without a text encoder here.")
-    ] = None,
-    text_encoder: Annotated[
-        Path | None, typer.Option(help="UMT5-XXL: upstream's .pth, an HF folder, or the base model's folder.")
-    ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Its tokenizer's folder; default: beside it.")] = None,
-    prompt_cache: Annotated[
-        Path | None, typer.Option(help="Folder of encoded prompts; default: ~/.cache/ispa-deploy/prompts.")
-    ] = None,
-    vae: Annotated[Path | None, typer.Option(help="Wan2.1_VAE.pth, an HF folder, or the base model's folder.")] = None,
-    decoder: Annotated[
-        str | None, typer.Option(help="Your own decoder, package.module:Class; --vae is then its weights.")
-    ] = None,
-    at: Annotated[list[str] | None, typer.Option(help="FRAME:PROMPT, a later prompt; repeatable.")] = None,
-    frames: Annotated[int, typer.Option(min=1, help="Latent frames, a multiple of the chunk.")] = 21,
-    seed: SeedOpt = 0,
-    policy: Annotated[str, typer.Option(help="absorb, full, window, sink-local (no absorb), no-sink.")] = "absorb",
-    preset: Annotated[str, typer.Option(help="tuned or paper.")] = "tuned",
-    ratio: Annotated[float, typer.Option(help="Share of layers that become local.")] = 0.5,
-    layers: Annotated[str | None, typer.Option(help="Exactly these layers become local, e.g. 0,3,7.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Warm-up in frames (T_warm).")] = None,
-    recent_frames: Annotated[int, typer.Option(help="Recent frames that local layers also keep.")] = 0,
-    window: Annotated[int | None, typer.Option(help="Window in frames, with --policy window.")] = None,
-    ridge_absolute: Annotated[float | None, typer.Option(help="λ itself (the paper's 0.001).")] = None,
-    ridge_relative: Annotated[float | None, typer.Option(help="ρ in λ = ρ · tr(G) / D.")] = None,
-    ranking: Annotated[str | None, typer.Option(help="epsilon, heldout or random.")] = None,
-    share: Annotated[float | None, typer.Option(min=0, max=1, help="How much of the solution is applied.")] = None,
-    delta: Annotated[str, typer.Option(help="auto, side, requant or fold.")] = "auto",
-    save_deltas: Annotated[Path | None, typer.Option(help="Write the stream's deltas here (.safetensors).")] = None,
-    deltas: Annotated[Path | None, typer.Option(help="Start with stored deltas, without a warm-up.")] = None,
-    stats_device: Annotated[
-        str | None, typer.Option(help="Where statistics are summed; `cpu` saves GPU memory.")
-    ] = None,
-    attention: Annotated[str, typer.Option(help="Attention backend; auto is the best that runs here.")] = "auto",
-    allow_fallback: Annotated[
-        bool, typer.Option("--allow-fallback", help="Warn where 8-bit layers are simulated or idle; do not fail.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="Video (.mp4).")] = None,
-    sheet: Annotated[Path | None, typer.Option(help="Contact sheet (.png); default: beside the video.")] = None,
-    latents: Annotated[Path | None, typer.Option(help="Latents (.safetensors).")] = None,
-    device: DeviceOpt = "auto",
-    dtype: DtypeOpt = "auto",
-    threads: ThreadsOpt = None,
-    tune_allocator: TuneOpt = True,
+    prompts: PromptFlags,
+    networks: NetworkFlags,
+    stream: StreamFlags,
+    files: FileFlags,
+    machine: MachineFlags,
     json_only: JsonOpt = False,
     stats: StatsOpt = None,
 ) -> None:
     """Stream a video from a bundle: warm up, absorb, go on with less memory."""
-    from ispa_deploy.options import StreamOptions
     from ispa_deploy.run import Outputs
 
-    options = StreamOptions(
-        frames=frames, seed=seed, policy=policy, preset=preset, ratio=ratio, layers=integers_of(layers), warmup=warmup,
-        recent_frames=recent_frames, window=window, ridge_absolute=ridge_of("absolute", ridge_absolute),
-        ridge_relative=ridge_of("relative", ridge_relative), ranking=ranking, share=share, delta=delta,
-        stats_device=None if stats_device is None else str(device_of(stats_device)), backend=attention,
-    )  # fmt: skip
-    opened = _open(bundle, device, dtype, threads, tune_allocator, prompt_embeds, allow_fallback)
-    opened = _accompanied(opened, text_encoder, tokenizer, prompt_cache, vae, decoder)
-    if sheet is None and out is not None:
-        sheet = out.with_suffix(".png")
-    outputs = Outputs(video=out, sheet=sheet, latents=latents, scale=opened.pixel_scale, label=prompt)
-    document = _run(opened, prompt, options, outputs, at or [], deltas, save_deltas, allow_fallback)
+    options = stream.options()
+    opened = _accompanied(_open(bundle, machine, prompts.prompt_embeds), networks)
+    sheet = files.out.with_suffix(".png") if files.sheet is None and files.out is not None else files.sheet
+    outputs = Outputs(files.out, sheet, files.latents, scale=opened.pixel_scale, label=prompts.prompt)
+    document = _run(opened, prompts, options, outputs, files, machine.allow_fallback)
     emit(document, json_only, stats, lambda: print_run(document))
     if not document["complete"]:
         raise typer.Exit(INTERRUPTED)
@@ -227,7 +181,7 @@ def profile(
     """Break a steady chunk's latency into attention, linear and overhead, configurations side by side."""
     if out is not None:
         make_folder(out)
-    opened = _open(bundle, device, dtype, threads, tune_allocator, None)
+    opened = _open(bundle, MachineFlags(False, device, dtype, threads, tune_allocator))
     document = _profile(opened, rounds, ratio, recent_frames, mid)
     write_reports(document, out)
     emit(document, json_only, stats, lambda: print_profile(document))
@@ -249,7 +203,7 @@ def evaluate(
     from ispa_deploy.evaluate.command import run_evaluation
     from ispa_deploy.evaluate.table import markdown
 
-    opened = _open(bundle, "cpu", "float32", threads, True, None)
+    opened = _open(bundle, MachineFlags(device="cpu", dtype="float32", threads=threads))
     command = " ".join(["ispa-deploy", *sys.argv[1:]])
     document = run_evaluation(opened.model, count=pairs, frames=frames, readme=readme, command=command)
     emit(document, json_only, stats, lambda: typer.echo(markdown(document)))
@@ -328,7 +282,7 @@ def demo(
     make_folder(out)
     say("1/3  quantise the embedded model")
     quantised = _quantise("demo", out / "bundle", "w8a8", overwrite=True)
-    opened = _open(out / "bundle", "cpu", "auto", threads, True, None, True)
+    opened = _open(out / "bundle", MachineFlags(allow_fallback=True, device="cpu", threads=threads))
     say(f'2/3  stream "{prompt}" twice: full cache, then ISPA')
     runs = {}
     for policy in ("full", "absorb"):
@@ -336,7 +290,7 @@ def demo(
             video=out / f"{policy}.mp4", sheet=out / f"{policy}.png", scale=opened.pixel_scale, label=policy
         )
         options = StreamOptions(frames=frames, seed=seed, policy=policy)
-        runs[policy] = _run(opened, prompt, options, outputs, [], None, None, True)
+        runs[policy] = _run(opened, PromptFlags(prompt), options, outputs, FileFlags(), True)
         print_run(runs[policy], err=True)
         if not runs[policy]["complete"]:
             raise KeyboardInterrupt
@@ -366,59 +320,55 @@ def _quantise(source: str, out: Path, scheme: str, **choices: Any) -> dict[str, 
     return {"bundle": str(folder), "scheme": chosen.name, **report.as_dict()}
 
 
-def _open(
-    folder: Path, device: str, dtype: str, threads: int | None, tune: bool, prompt_embeds: Path | None,
-    fallback: bool = False,
-) -> Bundle:  # fmt: skip
+def _open(folder: Path, machine: MachineFlags, prompt_embeds: Path | None = None) -> Bundle:
     """A bundle on its device, with the process set up for it."""
     from quant import tune_allocator
 
-    place = device_of(device)
-    if tune and place.type == "cpu":
+    place = device_of(machine.device)
+    if machine.tune_allocator and place.type == "cpu":
         tune_allocator()
     import torch
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
     from export.bundle import open_bundle
 
     return open_bundle(
-        folder, device=place, dtype=dtype_of(dtype), prompt_embeds=prompt_embeds, allow_fallback=fallback
-    )
+        folder, device=place, dtype=dtype_of(machine.dtype), prompt_embeds=prompt_embeds,
+        allow_fallback=machine.allow_fallback,
+    )  # fmt: skip
 
 
-def _accompanied(
-    bundle: Bundle, text_encoder: Path | None, tokenizer: Path | None, prompt_cache: Path | None,
-    vae: Path | None, decoder: str | None,
-) -> Bundle:  # fmt: skip
+def _accompanied(bundle: Bundle, networks: NetworkFlags) -> Bundle:
     """The bundle with the networks around it that the user named."""
-    if text_encoder is None and (tokenizer or prompt_cache):
+    if networks.text_encoder is None and (networks.tokenizer or networks.prompt_cache):
         raise InputError("--tokenizer and --prompt-cache go with --text-encoder PATH: add it")
-    if text_encoder is None and vae is None and decoder is None:
+    if networks == NetworkFlags():
         return bundle
     from export.companions import accompany
 
     return accompany(
-        bundle, text_encoder=text_encoder, tokenizer=tokenizer, prompt_cache=prompt_cache, vae=vae, decoder=decoder
-    )
+        bundle, text_encoder=networks.text_encoder, tokenizer=networks.tokenizer, prompt_cache=networks.prompt_cache,
+        vae=networks.vae, decoder=networks.decoder,
+    )  # fmt: skip
 
 
 def _run(
-    bundle: Bundle, prompt: str, options: StreamOptions, outputs: Any, later: list[str],
-    deltas: Path | None, save_deltas: Path | None, fallback: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    bundle: Bundle, prompts: PromptFlags, options: StreamOptions, outputs: Outputs, files: FileFlags, fallback: bool
+) -> dict[str, Any]:
     from export.deltas import load_deltas, save_deltas_of
     from ispa_deploy.media.output import output_path
     from ispa_deploy.run import run_stream, stop_on_interrupt
     from quant.audit import assert_ran, audit
 
+    save_deltas = files.save_deltas
     if save_deltas is not None:
         output_path(save_deltas, ".safetensors", "deltas")
         if outputs.latents is not None and save_deltas.absolute() == outputs.latents.absolute():
             raise InputError(f"--latents and --save-deltas are both '{save_deltas}': give them two names")
-    switches = [switch_of(text, options.frames) for text in later]
-    stored = load_deltas(deltas, base_sha256=bundle.base_sha256, spec=bundle.spec) if deltas else None
-    stream = bundle.stream(prompt, options, deltas=stored, switches=switches)
+    switches = [switch_of(text, options.frames) for text in prompts.at or ()]
+    stored = load_deltas(files.deltas, base_sha256=bundle.base_sha256, spec=bundle.spec) if files.deltas else None
+    stream = bundle.stream(prompts.prompt, options, deltas=stored, switches=switches)
     if save_deltas is not None:
         check_deltas_to_come(stream)
     with stop_on_interrupt() as stop, progress_bar() as show:
@@ -432,7 +382,7 @@ def _run(
     for warning in warnings:
         say(f"warning: {warning}")
     return {
-        "prompt": prompt,
+        "prompt": prompts.prompt,
         "seed": options.seed,
         "bundle": str(bundle.folder),
         **document,

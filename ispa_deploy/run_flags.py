@@ -1,0 +1,148 @@
+"""The flags of `run`, in groups: a new flag is one field of one group. Does not import torch by itself.
+
+`grouped` turns a command whose parameters are such groups into one that typer reads flag by flag. A field of
+`StreamFlags` is named as the field of `StreamOptions` it sets.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from ispa_deploy.flags import device_of, integers_of, ridge_of
+from ispa_deploy.printing import json_path
+
+if TYPE_CHECKING:
+    from ispa_deploy.options import StreamOptions
+
+MAX_SEED = 2**32
+
+BundleArg = Annotated[Path, typer.Argument(help="Folder written by `quantize`.", show_default=False)]
+JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; progress goes to stderr.")]
+StatsOpt = Annotated[
+    Path | None, typer.Option("--stats", callback=json_path, help="Also write the JSON document to this file.")
+]
+SeedOpt = Annotated[int, typer.Option(min=-MAX_SEED, max=MAX_SEED, help="Same seed, same video, on one device.")]
+DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeOpt = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32: what is not quantised runs in it.")]
+ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice.")]
+TuneOpt = Annotated[bool, typer.Option(help="On glibc, keep freed memory for reuse: faster, larger resident set.")]
+FallbackOpt = Annotated[
+    bool, typer.Option("--allow-fallback", help="Warn where 8-bit layers are simulated or idle; do not fail.")
+]
+
+
+@dataclass(frozen=True)
+class PromptFlags:
+    """What the video shows, and when that changes."""
+
+    prompt: Annotated[str, typer.Option(help="What to show.")] = "a fast red ring over teal waves"
+    prompt_embeds: Annotated[
+        Path | None, typer.Option(help="Text rows from a safetensors file, for models without a text encoder here.")
+    ] = None
+    at: Annotated[list[str] | None, typer.Option(help="FRAME:PROMPT, a later prompt; repeatable.")] = None
+
+
+@dataclass(frozen=True)
+class NetworkFlags:
+    """The networks around the DiT."""
+
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="UMT5-XXL: upstream's .pth, an HF folder, or the base model's folder.")
+    ] = None
+    tokenizer: Annotated[Path | None, typer.Option(help="Its tokenizer's folder; default: beside it.")] = None
+    prompt_cache: Annotated[
+        Path | None, typer.Option(help="Folder of encoded prompts; default: ~/.cache/ispa-deploy/prompts.")
+    ] = None
+    vae: Annotated[Path | None, typer.Option(help="Wan2.1_VAE.pth, an HF folder, or the base model's folder.")] = None
+    decoder: Annotated[
+        str | None, typer.Option(help="Your own decoder, package.module:Class; --vae is then its weights.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class StreamFlags:
+    """How the model streams: length, window, absorption. Each field is one of `StreamOptions`."""
+
+    frames: Annotated[int, typer.Option(min=1, help="Latent frames, a multiple of the chunk.")] = 21
+    seed: SeedOpt = 0
+    policy: Annotated[str, typer.Option(help="absorb, full, window, sink-local (no absorb), no-sink.")] = "absorb"
+    preset: Annotated[str, typer.Option(help="tuned or paper.")] = "tuned"
+    ratio: Annotated[float, typer.Option(help="Share of layers that become local.")] = 0.5
+    layers: Annotated[str | None, typer.Option(help="Exactly these layers become local, e.g. 0,3,7.")] = None
+    warmup: Annotated[int | None, typer.Option(help="Warm-up in frames (T_warm).")] = None
+    recent_frames: Annotated[int, typer.Option(help="Recent frames that local layers also keep.")] = 0
+    window: Annotated[int | None, typer.Option(help="Window in frames, with --policy window.")] = None
+    ridge_absolute: Annotated[float | None, typer.Option(help="λ itself (the paper's 0.001).")] = None
+    ridge_relative: Annotated[float | None, typer.Option(help="ρ in λ = ρ · tr(G) / D.")] = None
+    ranking: Annotated[str | None, typer.Option(help="epsilon, heldout or random.")] = None
+    share: Annotated[float | None, typer.Option(min=0, max=1, help="How much of the solution is applied.")] = None
+    delta: Annotated[str, typer.Option(help="auto, side, requant or fold.")] = "auto"
+    stats_device: Annotated[str | None, typer.Option(help="Where statistics are summed; `cpu` saves GPU memory.")] = (
+        None
+    )
+    backend: Annotated[str, typer.Option("--attention", help="Attention backend; auto is the best that runs here.")] = (
+        "auto"
+    )
+
+    def options(self) -> StreamOptions:
+        """The stream's options; InputError for text that means none."""
+        from ispa_deploy.options import StreamOptions
+
+        read = {
+            "layers": integers_of(self.layers),
+            "ridge_absolute": ridge_of("absolute", self.ridge_absolute),
+            "ridge_relative": ridge_of("relative", self.ridge_relative),
+            "stats_device": None if self.stats_device is None else str(device_of(self.stats_device)),
+        }
+        return StreamOptions(**{**asdict(self), **read})
+
+
+@dataclass(frozen=True)
+class FileFlags:
+    """What is written, and the corrections a stream starts with."""
+
+    save_deltas: Annotated[Path | None, typer.Option(help="Write the stream's deltas here (.safetensors).")] = None
+    deltas: Annotated[Path | None, typer.Option(help="Start with stored deltas, without a warm-up.")] = None
+    out: Annotated[Path | None, typer.Option(help="Video (.mp4).")] = None
+    sheet: Annotated[Path | None, typer.Option(help="Contact sheet (.png); default: beside the video.")] = None
+    latents: Annotated[Path | None, typer.Option(help="Latents (.safetensors).")] = None
+
+
+@dataclass(frozen=True)
+class MachineFlags:
+    """Where and in what arithmetic it runs."""
+
+    allow_fallback: FallbackOpt = False
+    device: DeviceOpt = "auto"
+    dtype: DtypeOpt = "auto"
+    threads: ThreadsOpt = None
+    tune_allocator: TuneOpt = True
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` as typer wants it: each parameter that is a group replaced by the group's fields, in their order."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
+    flat: dict[str, inspect.Parameter] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        group = groups.get(name)
+        own = get_type_hints(group, include_extras=True) if group else {name: hints[name]}
+        defaults = {field.name: field.default for field in fields(group)} if group else {name: parameter.default}
+        for flag, default in defaults.items():
+            assert flag not in flat, f"two flags are called {flag}"
+            flat[flag] = inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=own[flag])
+
+    def called(**given: Any) -> None:
+        made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+        command(**made, **given)
+
+    called.__name__, called.__doc__ = command.__name__, command.__doc__
+    called.__signature__ = inspect.Signature(list(flat.values()))  # type: ignore[attr-defined]
+    called.__annotations__ = {name: parameter.annotation for name, parameter in flat.items()}
+    return called
