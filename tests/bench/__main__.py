@@ -17,10 +17,10 @@ import torch
 from ispa_deploy.profile.environment import environment, slug
 
 SUITES: dict[str, tuple[str, ...]] = {
-    "cpu": ("demo", "mid", "int8_linear", "merge", "memory"),
+    "cpu": ("demo", "mid", "ladder", "int8_linear", "merge", "memory"),
     "gpu": ("longlive-1.3b", "krea-14b", "attention"),
 }
-_ALONE = ("int8_linear", "merge", "memory", "attention")
+_ALONE = ("ladder", "int8_linear", "merge", "memory", "attention")
 """Parts with a module of their own; the others are geometries for `tests.bench.chunk`."""
 
 
