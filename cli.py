@@ -154,9 +154,11 @@ def run(
     from ispa_deploy.run import Outputs
 
     options = stream.options()
+    if files.audio is not None and files.out is None:
+        raise InputError(f"--audio '{files.audio}' without a video: name one with --out VIDEO.mp4, or leave it out")
     opened = _accompanied(_open(bundle, machine, prompts.prompt_embeds), networks)
     sheet = files.out.with_suffix(".png") if files.sheet is None and files.out is not None else files.sheet
-    outputs = Outputs(files.out, sheet, files.latents, scale=opened.pixel_scale, label=prompts.prompt)
+    outputs = Outputs(files.out, sheet, files.latents, opened.pixel_scale, prompts.prompt, files.audio)
     document = _run(opened, prompts, options, outputs, files, machine.allow_fallback)
     emit(document, json_only, stats, lambda: print_run(document))
     if not document["complete"]:

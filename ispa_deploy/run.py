@@ -93,7 +93,9 @@ def run_stream(
     with ExitStack() as stack:
         video = None
         if outputs.video:
-            video = stack.enter_context(VideoWriter(outputs.video, fps=spec.fps, scale=outputs.scale))
+            video = stack.enter_context(
+                VideoWriter(outputs.video, fps=spec.fps, scale=outputs.scale, audio=outputs.audio)
+            )
         stack.enter_context(_memory_errors(stream, tally))
         chunks = stack.enter_context(_closing(iter(stream)))
         clock = time.perf_counter()

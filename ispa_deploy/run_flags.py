@@ -110,6 +110,7 @@ class FileFlags:
     save_deltas: Annotated[Path | None, typer.Option(help="Write the stream's deltas here (.safetensors).")] = None
     deltas: Annotated[Path | None, typer.Option(help="Start with stored deltas, without a warm-up.")] = None
     out: Annotated[Path | None, typer.Option(help="Video (.mp4).")] = None
+    audio: Annotated[Path | None, typer.Option(help="Sound of the video, cut where it ends (.wav or another).")] = None
     sheet: Annotated[Path | None, typer.Option(help="Contact sheet (.png); default: beside the video.")] = None
     latents: Annotated[Path | None, typer.Option(help="Latents (.safetensors).")] = None
 

@@ -17,13 +17,15 @@ from ispa_deploy.stream import Chunk, Stream
 
 @dataclass(frozen=True)
 class Outputs:
-    """Files to write; None: not wanted. `scale` enlarges tiny videos by whole pixels."""
+    """Files to write; None: not wanted. `scale` enlarges tiny videos by whole pixels. `audio` is read: its sound goes
+    into the video."""
 
     video: Path | None = None
     sheet: Path | None = None
     latents: Path | None = None
     scale: int = 1
     label: str = ""
+    audio: Path | None = None
 
     def check(self, decodes: bool) -> None:
         """InputError for a file that could not be written, before any work is done."""

@@ -341,6 +341,7 @@ BAD_RUNS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--deltas", "none.safetensors"), ("'none.safetensors'", "does not exist")),
     (("--prompt-embeds", "none.safetensors"), ("'none.safetensors'", "does not exist")),
     (("--seed", "99999999999"), ("--seed", "4294967296")),
+    (("--audio", "a.wav"), ("--audio 'a.wav'", "--out")),
     (("--nonsense",), ("--nonsense", "run --help")),
 ]
 

@@ -1,4 +1,4 @@
-"""Video files: frames are encoded as they come, and the file appears under its name only when it is whole.
+"""Video files: frames are encoded as they come, sound beside them, and a file gets its name only when it is whole.
 
 H.264 where the encoder library has it, MPEG-4 otherwise; both in yuv420p, which every player reads. That format stores
 colour per 2x2 pixels, so an odd width or height gains one repeated column or row.
@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ispa_deploy.errors import InputError, RunError
+from ispa_deploy.media.audio import AudioTrack
 from ispa_deploy.media.output import output_path, partial_path
 
 if TYPE_CHECKING:
+    from av.audio.stream import AudioStream
     from av.container import OutputContainer
     from av.video.stream import VideoStream
 
@@ -43,10 +45,15 @@ class VideoWriter:
     A file already at `path` stays until then. With no frame written, no file is made.
     """
 
-    def __init__(self, path: str | Path, *, fps: int | float, scale: int = 1) -> None:
+    def __init__(
+        self, path: str | Path, *, fps: int | float, scale: int = 1, audio: str | Path | None = None
+    ) -> None:
         """`fps` frames per second; `scale` repeats each pixel that many times in both directions.
 
-        InputError: not an `.mp4` name, its folder is missing or not writable, `fps` or `scale` not positive.
+        `audio`: a sound file to go with it, cut where the pictures end.
+
+        InputError: not an `.mp4` name, its folder is missing or not writable, `fps` or `scale` not positive, no sound
+        in `audio`.
         """
         if not 0 < fps < float("inf"):
             raise InputError(f"frames per second {fps}: expected a positive number")
@@ -60,6 +67,8 @@ class VideoWriter:
         self._size: list[int] = []
         self._container: OutputContainer | None = None
         self._stream: VideoStream | None = None
+        self._track = AudioTrack(audio) if audio is not None else None
+        self._sound: AudioStream | None = None
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -94,9 +103,11 @@ class VideoWriter:
             assert self._stream is not None
             with self._disk_errors():
                 self._container.mux(self._stream.encode(None))
+                if self._sound is not None:
+                    self._container.mux(self._sound.encode(None))
                 self._container.close()
                 os.replace(self._partial, self.path)
-        self._closed = True
+        self._close()
         return self.path if self.frames else None
 
     def _encode(self, frame: object) -> None:
@@ -106,10 +117,15 @@ class VideoWriter:
         assert isinstance(frame, av.VideoFrame)
         if self._stream is None:
             self._container, self._stream = _open(self._partial, self._rate, frame.width, frame.height)
+            if self._track is not None:
+                self._sound = self._container.add_stream("aac", rate=self._track.rate, layout=self._track.layout)
         assert self._container is not None
         frame.pts, frame.time_base = self.frames, 1 / self._rate
         self._container.mux(self._stream.encode(frame))
         self.frames += 1
+        if self._track is not None and (heard := self._track.until(float(self.frames / self._rate))) is not None:
+            assert self._sound is not None
+            self._container.mux(self._sound.encode(heard))
 
     def _discard(self) -> None:
         """Close and remove what is there."""
@@ -119,6 +135,11 @@ class VideoWriter:
             with suppress(av.FFmpegError):
                 self._container.close()
             self._partial.unlink(missing_ok=True)
+        self._close()
+
+    def _close(self) -> None:
+        if self._track is not None:
+            self._track.close()
         self._closed = True
 
     @contextmanager
