@@ -125,10 +125,19 @@ class WindowCache:
             if self._ema_wide and self.k.dtype != torch.float32:
                 self._wide[frame] = (mixed[0], mixed[1])
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, frames: Frames) -> Tensor:
+    @property
+    def stores(self) -> bool:
+        """Whether a clean pass leaves anything here."""
+        return True
+
+    def store(self, k: Tensor, v: Tensor, frames: Frames) -> None:
+        """Keep k and v (B, S, H, D) of a pass, as `attend` would, without attending."""
         with region("attention.cache"):
             stored, values = (x.unflatten(1, (-1, self._tokens)) for x in (frames.stored(k), v))
             self._write(stored, values, frames.recaching)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, frames: Frames) -> Tensor:
+        self.store(k, v, frames)
         held = self.slots.filled
         keys = frames.seen(self.k[:, :held], self.slots.frames[:held])
         if frames.observer is None:
@@ -186,6 +195,18 @@ class LocalCache:
         self.frames[slot] = frame
         return slot
 
+    @property
+    def stores(self) -> bool:
+        """Whether a clean pass leaves anything here: recent frames, or frame 0 where it is still to come."""
+        return self.recent > 0 or (self.sink > 0 and not self.frames)
+
+    def store(self, k: Tensor, v: Tensor, frames: Frames) -> None:
+        """Keep what a clean pass leaves here of k and v (B, S, H, D), without attending."""
+        if self.stores:
+            with region("attention.cache"):
+                stored, values = (x.unflatten(1, (-1, self._tokens)) for x in (frames.stored(k), v))
+                self.keep(list(range(frames.start, frames.start + frames.count)), stored, values)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, frames: Frames) -> Tensor:
         held, new = len(self.frames), frames.count
         with region("attention.cache"):
@@ -199,7 +220,7 @@ class LocalCache:
             keys[:, held:] = frames.seen(stored, current)
             values[:, held:] = chunk_v
         out = attend(q, keys.flatten(1, 2), values.flatten(1, 2), backend=frames.backend).out
-        if frames.committing and (self.recent or not self.frames):
+        if frames.committing and self.stores:
             with region("attention.cache"):
                 self.keep(current, stored, chunk_v)
         return out
@@ -321,6 +342,16 @@ class KVCache:
     def cross(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention over the text: q (B, S, H, D), k and v (B, L, H, D) -> (B, S, H, D)."""
         return attend(q, k, v, backend=self.backend, mark="attention.cross").out
+
+    def store(self, index: int, k: Tensor, v: Tensor) -> None:
+        """What a clean pass leaves in one layer, k and v (B, S, H, D) before rotation, without attending."""
+        self._layers[index].store(k, v, self)
+
+    def storing_layers(self) -> int | None:
+        """How many leading layers hold every layer in which a clean pass leaves something; None: it must run whole."""
+        if self.observer is not None:
+            return None
+        return max((index + 1 for index, layer in enumerate(self._layers) if layer.stores), default=0)
 
     def _attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with region("overhead.rope"):

@@ -37,6 +37,10 @@ class Memory(Protocol):
         """Attention of q (B, S, H, D) over text keys and values (B, L, H, D)."""
         ...
 
+    def store(self, index: int, k: Tensor, v: Tensor) -> None:
+        """Keep what one layer of a clean pass stores, k and v (B, S, H, D) before rotation, and attend to nothing."""
+        ...
+
 
 class Conditioning(NamedTuple):
     """One timestep, prepared: per layer the six tensors shift, scale, gate (attention), shift, scale, gate (ffn), each
@@ -86,6 +90,13 @@ class SelfAttention(_Projections):
         with region("overhead.norm"):
             q, k = self.norm_q(q), self.norm_k(k)
         return self.o(attention(self.split(q), self.split(k), self.split(v)).flatten(-2))
+
+    def keys(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, C) -> the keys and values (B, S, H, D) that `forward` would attend to, bit for bit."""
+        k, v = self.k(y), self.v(y)
+        with region("overhead.norm"):
+            k = self.norm_k(k)
+        return self.split(k), self.split(v)
 
 
 class CrossAttention(_Projections):
@@ -137,6 +148,12 @@ class Block(nn.Module):
         with region("overhead.norm"):
             return torch.addcmul(x, gate_f, y)
 
+    def keys(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
+        """x (B, F, T, C) -> this layer's keys and values (B, S, H, D), and nothing of what comes after them."""
+        with region("overhead.norm"):
+            y = _modulate(x, modulation[1], modulation[0], self.eps).flatten(1, 2)
+        return self.self_attn.keys(y)
+
 
 class Head(nn.Module):
     def __init__(self, spec: ModelSpec):
@@ -185,11 +202,21 @@ class CausalWanDiT(nn.Module):
             context = self.text_embedding(rows.to(self.device, self.dtype))
             return TextKV(tuple(block.cross_attn.text(context) for block in self.layers()))
 
-    def forward(self, x: Tensor, condition: Conditioning, text: TextKV, memory: Memory) -> Tensor:
-        """x (B, F, C, H, W) -> velocity noise - x0 of the same shape, in the model's dtype."""
+    def forward(
+        self, x: Tensor, condition: Conditioning, text: TextKV, memory: Memory, stores: int | None = None
+    ) -> Tensor:
+        """x (B, F, C, H, W) -> velocity noise - x0 of the same shape, in the model's dtype.
+
+        `stores`: this pass is for its keys and values alone and the first `stores` layers keep them. What they do not
+        need is not computed: the last of them only stores, the layers behind it are left out, the result is empty.
+        """
         grid = x.shape[-2] // self.spec.patch[1], x.shape[-1] // self.spec.patch[2]
         x = self._patchify(x.to(self.dtype))
-        for index, block in enumerate(self.blocks):
+        last = None if stores is None else stores - 1
+        for index, block in enumerate(self.layers()):
+            if index == last:
+                memory.store(index, *block.keys(x, condition.blocks[index]))
+                return x.new_empty(0)
             x = block(x, condition.blocks[index], text.layers[index], memory.layer(index), memory.cross)
         with region("overhead.norm"):
             shift, scale = condition.head

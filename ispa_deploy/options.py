@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamOptions:
-    """Flags of `run`. None means: what the preset says. `delta_dtype` None: the model's own dtype."""
+    """Flags of `run`. None means: what the preset says. `delta_dtype` None: the model's own dtype.
+
+    `full_commit` runs clean passes to their end, as upstream, and not only as far as a layer keeps something of them.
+    """
 
     frames: int = 21
     seed: int = 0
@@ -49,6 +52,7 @@ class StreamOptions:
     stats_double: bool | None = None
     stats_device: str | None = None
     backend: str = "auto"
+    full_commit: bool = False
 
     def settings(self) -> Settings:
         """The preset with the flags that were given."""
@@ -110,4 +114,7 @@ def open_stream(
         text = model.encode_text(text_rows)
         later = [(frame, model.encode_text(rows)) for frame, rows in switches or []]
     noise = default_noise(model.spec, options.seed, batch=len(text_rows), device=model.device)
-    return Stream(model, cache, absorber, text, options.frames, noise, Sampler.of(model.spec), decoder, later, initial)
+    return Stream(
+        model, cache, absorber, text, options.frames, noise, Sampler.of(model.spec), decoder, later, initial,
+        full_commit=options.full_commit,
+    )  # fmt: skip

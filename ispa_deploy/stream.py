@@ -57,7 +57,8 @@ class Stream:
 
     `text` is prepared text of the first prompt; `switches` pairs a frame with the text that holds from the next chunk
     border on. `initial` (B, F, C, H, W) latents are committed before generation starts. `commit_last` also runs the
-    clean pass of the last chunk, which nothing reads unless the stream is continued.
+    clean pass of the last chunk, which only statistics read unless the stream is continued. `full_commit` runs clean
+    passes to their end, as upstream; else they stop at the last layer that keeps keys of them.
     """
 
     model: CausalWanDiT
@@ -71,6 +72,7 @@ class Stream:
     switches: Sequence[tuple[int, TextKV]] = ()
     initial: Tensor | None = None
     commit_last: bool = False
+    full_commit: bool = False
 
     def __post_init__(self) -> None:
         self.chunks = plan_chunks(self.model.spec, self.frames)
@@ -93,7 +95,7 @@ class Stream:
                 self.absorber.before_chunk(start, count)
                 latents = self._latents(index, start, count)
                 self._remember(latents)
-                if self.commit_last or index + 1 < len(self.chunks):
+                if self.commit_last or index + 1 < len(self.chunks) or self.cache.observer is not None:
                     self._commit(latents, start)
                 self.absorber.after_chunk(start + count)
                 yield Chunk(index, start, latents, self._decode(latents))
@@ -123,9 +125,15 @@ class Stream:
         given = self.initial is not None and start < self.initial.shape[1]
         self.cache.committing = True
         try:
-            self._velocity(latents, 0.0 if given else self.model.spec.context_timestep)
+            self._store(latents, 0.0 if given else self.model.spec.context_timestep)
         finally:
             self.cache.committing = False
+
+    def _store(self, latents: Tensor, timestep: float) -> None:
+        """A pass whose velocity nobody reads: as far as layers keep something of it."""
+        stores = None if self.full_commit else self.cache.storing_layers()
+        if stores != 0:
+            self.model(latents, self._condition(timestep), self.text, self.cache, stores)
 
     def _condition(self, timestep: float) -> Conditioning:
         """Time embedding and modulation, computed once for each of the fixed timesteps."""
@@ -157,7 +165,7 @@ class Stream:
         if not self._past.numel():
             return
         with self.cache.again(start - self._past.shape[1], self._past.shape[1]):
-            self._velocity(self._past, self.model.spec.context_timestep)
+            self._store(self._past, self.model.spec.context_timestep)
 
     @torch.inference_mode()
     def _decode(self, latents: Tensor) -> Tensor | None:

@@ -176,3 +176,86 @@ def test_opening_a_stream_leaves_the_model_alone() -> None:
     latents_of(source)
     open_stream(model, text_rows(), StreamOptions(frames=12), deltas=source.absorber.deltas)
     assert all(block.self_attn.o.delta is None for block in model.blocks)
+
+
+# -- clean passes: nothing is computed that nothing reads
+
+
+def _kept(stream) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
+    """Frames, keys and values of every layer."""
+    layers = [stream.cache.temporal(layer) for layer in range(SPEC.layers)]
+    return [tensor for frames, k, v in layers for tensor in (torch.tensor(frames), k, v)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope": "window", "ema_sink": 0.75, "sink_frames": 3}, {"recaches": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": "full"},
+        {},
+        {"ratio": 1.0},
+        {"ratio": 1.0, "recent_frames": 3},
+        {"policy": "no-sink", "ratio": 1.0},
+        {"layers": (1, 3)},
+    ],
+    ids=str,
+)
+def test_a_clean_pass_that_stops_early_leaves_the_same_bits(changes: dict, options: dict) -> None:  # type: ignore[type-arg]
+    model = tiny_model(replace(SPEC, **changes))
+    runs = []
+    for whole in (True, False):
+        switches = [(18, text_rows(seed=7))]
+        stream = tiny_stream(model, frames=36, switches=switches, full_commit=whole, **options)
+        stream.commit_last = True
+        runs.append((latents_of(stream), _kept(stream)))
+    (want, held), (got, kept) = runs
+    assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(kept, held, strict=True))
+
+
+def _layers_run(model, commits: list[int]):  # type: ignore[no-untyped-def]
+    """Hook handles; `commits` gains the number of layers that ran whole in every pass that hands out no velocity."""
+    ran = [0]
+    blocks = [block.register_forward_hook(lambda *_: ran.__setitem__(0, ran[0] + 1)) for block in model.blocks]
+
+    def done(_: object, __: object, out: torch.Tensor) -> None:
+        if not out.numel():
+            commits.append(ran[0])
+        ran[0] = 0
+
+    return [*blocks, model.register_forward_hook(done)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"policy": "full"}, [SPEC.layers - 1] * 6),
+        # The first chunk has no history to observe; those with statistics run whole; then layer 1 is the last to store.
+        ({"layers": (2, 3), "preset": "tuned"}, [SPEC.layers - 1, 1, 1]),
+        ({"layers": (0, 1)}, [SPEC.layers - 1] * 3),
+        # Of nothing there is no pass at all.
+        ({"ratio": 1.0}, [SPEC.layers - 1]),
+        ({"ratio": 1.0, "recent_frames": 3}, [SPEC.layers - 1] * 3),
+    ],
+    ids=str,
+)
+def test_a_clean_pass_ends_at_the_last_layer_that_keeps_something(options: dict, expected: list[int]) -> None:  # type: ignore[type-arg]
+    model, commits = tiny_model(), list[int]()
+    handles = _layers_run(model, commits)
+    try:
+        latents_of(tiny_stream(model, frames=21, **options))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert commits == expected
+
+
+@pytest.mark.parametrize("preset", ["paper", "tuned"])
+def test_corrections_do_not_depend_on_what_follows_the_warm_up(preset: str) -> None:
+    """The last chunk of a stream needs no clean pass, unless statistics are taken from it."""
+    ends, goes_on = (tiny_stream(tiny_model(), preset=preset, frames=frames) for frames in (12, 15))
+    latents_of(ends)
+    latents_of(goes_on)
+    assert set(ends.absorber.deltas) == set(goes_on.absorber.deltas) != set()
+    for layer, delta in goes_on.absorber.deltas.items():
+        assert torch.equal(ends.absorber.deltas[layer].weight, delta.weight)
