@@ -9,15 +9,16 @@ Everything is allocated up front; no pass concatenates. A layer is one of two th
 - `LocalCache` (L-layer): frame 0 and r recent frames. The current chunk is transient: all L-layers share one scratch
   [sink | recent | current], reported apart from the persistent bytes.
 
+How frames are held, as they come or in 8 bits, is the business of `kvstore`.
+
 The model hands over queries and keys before rotation. With `rope = absolute` keys are stored rotated; with `window`
-they are stored as they come and rotated on every read at their slot in the window, into one shared scratch.
+they are stored as they come and rotated on every read at their slot in the window, into the same shared scratch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from ispa_deploy.attention import Attended, attend, merge
 from ispa_deploy.errors import InputError
+from ispa_deploy.kvstore import Layout, Places, Store, coders
 from ispa_deploy.regions import region
 from ispa_deploy.rope import Rope, rotate
 from ispa_deploy.slots import Range, WindowSlots
@@ -45,41 +47,19 @@ class Frames(Protocol):
     local_sink: int
     backend: str
 
+    def by_frame(self, x: Tensor) -> Tensor: ...
     def stored(self, k: Tensor) -> Tensor: ...
     def seen(self, k: Tensor, frames: list[int]) -> Tensor: ...
     def scratch(self, name: str, frames: int) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Shape of one frame's keys in one layer, and where they live."""
-
-    batch: int
-    tokens: int
-    heads: int
-    width: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def buffer(self, frames: int) -> Tensor:
-        """(B, F, T, H, D) of zeros."""
-        shape = (self.batch, frames, self.tokens, self.heads, self.width)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-    @property
-    def frame_bytes(self) -> int:
-        """Bytes of one frame's keys and values in one layer."""
-        return 2 * self.batch * self.tokens * self.heads * self.width * self.dtype.itemsize
-
-
 class WindowCache:
-    """An F-layer's window: buffers (B, W, T, H, D) and the table of what lies where."""
+    """An F-layer's window: stores of W frames and the table of what lies where."""
 
-    def __init__(self, layout: Layout, slots: WindowSlots, ema: float | None, ema_wide: bool = True):
-        self.slots, self._ema, self._ema_wide, self._tokens = slots, ema, ema_wide, layout.tokens
-        self._again: tuple[tuple[int, int], ...] = ()
+    def __init__(self, slots: WindowSlots, k: Store, v: Store, ema: float | None, ema_wide: bool = True):
+        self.slots, self.k, self.v, self._ema, self._ema_wide = slots, k, v, ema, ema_wide
+        self._again: Places = ()
         self._wide: dict[int, tuple[Tensor, Tensor]] = {}
-        self.k, self.v = layout.buffer(slots.capacity), layout.buffer(slots.capacity)
 
     def begin(self, start: int, count: int) -> None:
         """Evict and move so that the chunk's slots are free."""
@@ -87,27 +67,28 @@ class WindowCache:
         if self._ema is not None and room.evicted:
             self._feed_sink(room.evicted)
         for source, target in room.moves:
-            for buffer in (self.k, self.v):
-                buffer[:, target].copy_(buffer[:, source])
+            for store in (self.k, self.v):
+                store.move(source, target)
 
     def begin_again(self, start: int, count: int) -> None:
         """The next pass computes frames anew that lie before the current chunk."""
         self._again = self.slots.readmit(start, count)
 
-    def _write(self, k: Tensor, v: Tensor, recaching: bool) -> None:
-        """Keys as stored and values, (B, F, T, H, D): the current chunk in its slots, or older frames in theirs."""
-        if recaching:
-            for offset, slot in self._again:
-                self.k[:, slot], self.v[:, slot] = k[:, offset], v[:, offset]
-            return
-        first, last = self.slots.current
-        self.k[:, first:last], self.v[:, first:last] = k, v
+    def _places(self, frames: Frames) -> Places:
+        """Where the frames of this pass go."""
+        return self._again if frames.recaching else tuple(enumerate(range(*self.slots.current)))
+
+    def _window(self, k: Tensor, v: Tensor, frames: Frames) -> tuple[Tensor, Tensor]:
+        """Keys as stored and values of this pass, (B, F, T, H, D), enter; the filled window, (B, W', T, H, D) each."""
+        held, places, keep = self.slots.filled, self._places(frames), frames.committing or frames.recaching
+        keys = self.k.window(held, places, k, keep, lambda: frames.scratch("k", held))
+        return keys, self.v.window(held, places, v, keep, lambda: frames.scratch("v", held))
 
     def _feed_sink(self, evicted: tuple[int, ...]) -> None:
         """Reward-Forcing: the sink frames absorb what the window drops, slot by slot, oldest first.
 
-        At a weight of 0.999 a 16-bit sink rounds most updates away; unless told to do as upstream, it is kept in
-        float32 beside the buffer.
+        At a weight of 0.999 a sink of 16 bits or fewer rounds most updates away; unless told to do as upstream, it is
+        kept in float32 beside the window.
         """
         sink = [self.slots.frames.index(frame) for frame in range(self.slots.sink) if frame in self.slots.frames]
         # Upstream replaces the sink when the counts differ. A layer that was local kept frame 0 alone: there it fades.
@@ -115,14 +96,14 @@ class WindowCache:
         assert alpha is not None
         for slot, old in zip(sink, evicted, strict=False):
             frame = self.slots.frames[slot]
-            wide = self._wide.get(frame, (self.k[:, slot].float(), self.v[:, slot].float()))
+            wide = self._wide.get(frame, (self.k.frame(slot).float(), self.v.frame(slot).float()))
             mixed = tuple(
-                sink * alpha + buffer[:, old].float() * (1 - alpha)
-                for sink, buffer in zip(wide, (self.k, self.v), strict=True)
+                sink * alpha + store.frame(old).float() * (1 - alpha)
+                for sink, store in zip(wide, (self.k, self.v), strict=True)
             )
-            self.k[:, slot].copy_(mixed[0])
-            self.v[:, slot].copy_(mixed[1])
-            if self._ema_wide and self.k.dtype != torch.float32:
+            self.k.put(slot, mixed[0])
+            self.v.put(slot, mixed[1])
+            if self._ema_wide and not self.k.exact:
                 self._wide[frame] = (mixed[0], mixed[1])
 
     @property
@@ -132,58 +113,66 @@ class WindowCache:
 
     def store(self, k: Tensor, v: Tensor, frames: Frames) -> None:
         """Keep k and v (B, S, H, D) of a pass, as `attend` would, without attending."""
+        stored, values = frames.by_frame(frames.stored(k)), frames.by_frame(v)
         with region("attention.cache"):
-            stored, values = (x.unflatten(1, (-1, self._tokens)) for x in (frames.stored(k), v))
-            self._write(stored, values, frames.recaching)
+            for index, slot in self._places(frames):
+                self.k.put(slot, stored[:, index])
+                self.v.put(slot, values[:, index])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, frames: Frames) -> Tensor:
-        self.store(k, v, frames)
-        held = self.slots.filled
-        keys = frames.seen(self.k[:, :held], self.slots.frames[:held])
+        stored = frames.stored(k)
+        with region("attention.cache"):
+            keys, values = self._window(frames.by_frame(stored), frames.by_frame(v), frames)
+        keys = frames.seen(keys, self.slots.frames[: keys.shape[1]])
         if frames.observer is None:
-            return attend(q, keys.flatten(1, 2), self.v[:, :held].flatten(1, 2), backend=frames.backend).out
+            return attend(q, keys.flatten(1, 2), values.flatten(1, 2), backend=frames.backend).out
         near = self.slots.local(frames.start, frames.local_sink)
-        local = self._attend(q, keys, near, frames.backend)
+        local = _attend_to(q, keys, values, near, frames.backend)
         full = local
         for part in self.slots.rest(near):
-            full = merge(full, self._attend(q, keys, (part,), frames.backend))
+            full = merge(full, _attend_to(q, keys, values, (part,), frames.backend))
         frames.observer(layer, local.out, full.out)
         return full.out
-
-    def _attend(self, q: Tensor, keys: Tensor, ranges: tuple[Range, ...], backend: str) -> Attended:
-        parts = [
-            attend(q, keys[:, a:b].flatten(1, 2), self.v[:, a:b].flatten(1, 2), backend=backend) for a, b in ranges
-        ]
-        whole = parts[0]
-        for part in parts[1:]:
-            whole = merge(whole, part)
-        return whole
 
     def wide_bytes(self) -> int:
         return sum(tensor.nbytes for pair in self._wide.values() for tensor in pair)
 
     def nbytes(self) -> int:
-        return int(self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes())
+        return self.k.nbytes() + self.v.nbytes()
+
+
+def _attend_to(q: Tensor, keys: Tensor, values: Tensor, ranges: tuple[Range, ...], backend: str) -> Attended:
+    """Attention over some slots of a window (B, W', T, H, D)."""
+    parts = [attend(q, keys[:, a:b].flatten(1, 2), values[:, a:b].flatten(1, 2), backend=backend) for a, b in ranges]
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = merge(whole, part)
+    return whole
 
 
 class LocalCache:
     """An L-layer's persistent frames: the first `sink` frames of the stream and the `recent` newest committed ones."""
 
-    def __init__(self, layout: Layout, sink: int, recent: int):
-        self.sink, self.recent, self._tokens = sink, recent, layout.tokens
+    def __init__(self, k: Store, v: Store, sink: int, recent: int):
+        self.k, self.v, self.sink, self.recent = k, v, sink, recent
         self.frames: list[int] = []
-        self.k, self.v = layout.buffer(sink + recent), layout.buffer(sink + recent)
 
     def begin(self, start: int, count: int) -> None:
         """Nothing to move: the current chunk lives in the shared scratch."""
+
+    def take(self, frames: list[int], window: WindowCache, slots: list[int]) -> None:
+        """Start with `frames`, which lie in `slots` of a window."""
+        self.frames = frames
+        self.k.take(window.k, slots)
+        self.v.take(window.v, slots)
 
     def keep(self, frames: list[int], k: Tensor, v: Tensor) -> None:
         """Keep those of `frames` (k, v: (B, F, T, H, D)) that are sink or recent, replacing the oldest recent ones."""
         for index, frame in enumerate(frames):
             if frame < self.sink or self.recent:
                 slot = self._slot_for(frame)
-                self.k[:, slot].copy_(k[:, index])
-                self.v[:, slot].copy_(v[:, index])
+                self.k.put(slot, k[:, index])
+                self.v.put(slot, v[:, index])
 
     def _slot_for(self, frame: int) -> int:
         rolling = [f for f in self.frames if f >= self.sink]
@@ -203,22 +192,20 @@ class LocalCache:
     def store(self, k: Tensor, v: Tensor, frames: Frames) -> None:
         """Keep what a clean pass leaves here of k and v (B, S, H, D), without attending."""
         if self.stores:
+            stored, values = frames.by_frame(frames.stored(k)), frames.by_frame(v)
             with region("attention.cache"):
-                stored, values = (x.unflatten(1, (-1, self._tokens)) for x in (frames.stored(k), v))
                 self.keep(list(range(frames.start, frames.start + frames.count)), stored, values)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, frames: Frames) -> Tensor:
-        held, new = len(self.frames), frames.count
+        held, current = len(self.frames), list(range(frames.start, frames.start + frames.count))
+        stored, chunk_v = frames.by_frame(frames.stored(k)), frames.by_frame(v)
         with region("attention.cache"):
-            chunk_v = v.unflatten(1, (-1, self._tokens))
-            keys, values = frames.scratch("k", held + new), frames.scratch("v", held + new)
-            if held:
-                keys[:, :held] = frames.seen(self.k[:, :held], self.frames)
-                values[:, :held] = self.v[:, :held]
-            stored = frames.stored(k).unflatten(1, (-1, self._tokens))
-            current = list(range(frames.start, frames.start + new))
-            keys[:, held:] = frames.seen(stored, current)
-            values[:, held:] = chunk_v
+            keys, values = frames.scratch("k", held + len(current)), frames.scratch("v", held + len(current))
+            for scratch, store, chunk in ((keys, self.k, stored), (values, self.v, chunk_v)):
+                for slot in range(held):
+                    scratch[:, slot] = store.frame(slot)
+                scratch[:, held:] = chunk
+        keys = frames.seen(keys, [*self.frames, *current])
         out = attend(q, keys.flatten(1, 2), values.flatten(1, 2), backend=frames.backend).out
         if frames.committing and self.stores:
             with region("attention.cache"):
@@ -226,7 +213,7 @@ class LocalCache:
         return out
 
     def nbytes(self) -> int:
-        return int(self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes())
+        return self.k.nbytes() + self.v.nbytes()
 
 
 class KVCache:
@@ -234,7 +221,7 @@ class KVCache:
 
     `observer(layer, local, full)` listens on F-layers: (B, S, H, D) outputs of attention over local and over all keys.
     `committing` marks the clean pass, the only writer of history. Shapes other than the spec's own latent size are
-    given by `grid` (rows, columns of tokens).
+    given by `grid` (rows, columns of tokens). `kv_dtype`: `auto` holds frames in `dtype`, `int8` and `fp8` in 8 bits.
     """
 
     def __init__(
@@ -248,6 +235,7 @@ class KVCache:
         local_sink: int = 1,
         grid: tuple[int, int] | None = None,
         backend: str = "auto",
+        kv_dtype: str = "auto",
     ):
         rows, columns = grid or spec.grid
         self.spec, self.recent, self.local_sink, self.backend = spec, recent, local_sink, backend
@@ -256,6 +244,7 @@ class KVCache:
         self.start, self.count = 0, 0
         self.device, self.frame_tokens = torch.device(device), rows * columns
         self._layout = Layout(batch, rows * columns, spec.heads, spec.head_dim, dtype, self.device)
+        self.kv_dtype, self._coders = kv_dtype, coders(kv_dtype, self.device)
         self._rope = Rope(spec.head_dim, (rows, columns), theta=spec.rope_theta, device=device)
         self._turn = torch.empty(0)
         self._turns: dict[tuple[int, ...], Tensor] = {}
@@ -266,7 +255,12 @@ class KVCache:
         spec = self.spec
         capacity = spec.window_frames
         slots = WindowSlots(capacity, spec.sink_frames, spec.chunk_frames, self.recent, spec.rolls)
-        return WindowCache(self._layout, slots, spec.ema_sink, spec.ema_wide)
+        return WindowCache(slots, *self._stores(capacity), spec.ema_sink, spec.ema_wide)
+
+    def _stores(self, frames: int) -> tuple[Store, Store]:
+        """Room for the keys and the values of `frames` frames of a layer."""
+        k, v = (self._layout.store(frames, coder) for coder in self._coders)
+        return k, v
 
     # -- driven by the stream
 
@@ -315,11 +309,11 @@ class KVCache:
         """Make an F-layer an L-layer: keep its first `sink` and newest `recent` frames, free the rest."""
         old = self._layers[layer]
         assert isinstance(old, WindowCache), f"layer {layer} is local already"
-        new = LocalCache(self._layout, sink, recent)
+        new = LocalCache(*self._stores(sink + recent), sink, recent)
         slots = old.slots.temporal()
         kept = [s for s in slots if old.slots.frames[s] < sink] + (slots[-recent:] if recent else [])
         kept = list(dict.fromkeys(kept))
-        new.keep([old.slots.frames[s] for s in kept], old.k[:, kept], old.v[:, kept])
+        new.take([old.slots.frames[s] for s in kept], old, kept)
         self._layers[layer] = new
 
     def globalise(self, layer: int) -> None:
@@ -327,9 +321,9 @@ class KVCache:
         old = self._layers[layer]
         assert isinstance(old, LocalCache), f"layer {layer} is an F-layer already"
         new = self._window()
-        for slot, index in enumerate(sorted(range(len(old.frames)), key=old.frames.__getitem__)):
-            new.k[:, slot].copy_(old.k[:, index])
-            new.v[:, slot].copy_(old.v[:, index])
+        order = sorted(range(len(old.frames)), key=old.frames.__getitem__)
+        new.k.take(old.k, order)
+        new.v.take(old.v, order)
         new.slots.resume(sorted(old.frames))
         self._layers[layer] = new
 
@@ -360,6 +354,10 @@ class KVCache:
 
     # -- asked by the layer caches
 
+    def by_frame(self, x: Tensor) -> Tensor:
+        """(B, S, H, D) -> (B, F, T, H, D)."""
+        return x.unflatten(1, (-1, self.frame_tokens))
+
     def stored(self, k: Tensor) -> Tensor:
         """The current chunk's keys in the form the cache stores."""
         if self.spec.rope == "window":
@@ -368,14 +366,14 @@ class KVCache:
             return rotate(k, self._turn)
 
     def seen(self, k: Tensor, frames: list[int]) -> Tensor:
-        """Stored keys (B, F, T, H, D) of `frames` in the form a query sees; rotated ones lie in a shared scratch."""
+        """Stored keys (B, F, T, H, D) of `frames` in the form a query sees; rotated ones lie in the scratch `k`."""
         if self.spec.rope == "absolute":
             return k
         with region("overhead.rope"):
             positions = tuple(self.position(frame) for frame in frames)
             if positions not in self._turns:
                 self._turns[positions] = self._rope.frames(positions)
-            scratch = self.scratch("rotated", len(frames))
+            scratch = self.scratch("k", len(frames))
             scratch.copy_(rotate(k.flatten(1, 2), self._turns[positions]).view_as(scratch))
             return scratch
 
@@ -395,10 +393,12 @@ class KVCache:
         """Frames an F-layer holds, oldest first, with their stored keys and values (B, F, T, H, D)."""
         cache = self._layers[layer]
         if isinstance(cache, LocalCache):
-            order = sorted(range(len(cache.frames)), key=cache.frames.__getitem__)
-            return [cache.frames[i] for i in order], cache.k[:, order], cache.v[:, order]
-        order = cache.slots.temporal()
-        return [cache.slots.frames[s] for s in order], cache.k[:, order], cache.v[:, order]
+            order, frames = sorted(range(len(cache.frames)), key=cache.frames.__getitem__), cache.frames
+        else:
+            order, frames = cache.slots.temporal(), cache.slots.frames
+        held = [[store.frame(slot) for slot in order] for store in (cache.k, cache.v)]
+        k, v = (torch.stack(each, 1) if each else self._layout.buffer(0) for each in held)
+        return [frames[slot] for slot in order], k, v
 
     def persistent_bytes(self) -> int:
         """Bytes allocated for keys and values kept between chunks, over all layers."""
@@ -412,6 +412,11 @@ class KVCache:
         """Bytes allocated for transient keys and values shared by all layers."""
         return int(sum(scratch.untyped_storage().nbytes() for scratch in self._scratch.values()))
 
+    def errors(self) -> dict[str, float | None]:
+        """Relative L2 error of keys and values held in 8 bits; empty where frames are held as they come."""
+        named = zip(("keys", "values"), self._coders, strict=True)
+        return {name: coder.error() for name, coder in named if coder is not None}
+
     def full_bytes(self) -> int:
-        """Bytes `persistent_bytes` reports while every layer is an F-layer."""
+        """Bytes of a cache whose every layer is an F-layer, held in the model's dtype."""
         return self._layout.frame_bytes * self.spec.window_frames * self.spec.layers

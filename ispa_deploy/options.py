@@ -30,6 +30,7 @@ class StreamOptions:
     """Flags of `run`. None means: what the preset says. `delta_dtype` None: the model's own dtype.
 
     `full_commit` runs clean passes to their end, as upstream, and not only as far as a layer keeps something of them.
+    `kv_dtype`: how frames are held between chunks, `auto` (the model's own dtype), `int8` or `fp8`.
     """
 
     frames: int = 21
@@ -53,6 +54,7 @@ class StreamOptions:
     stats_device: str | None = None
     backend: str = "auto"
     full_commit: bool = False
+    kv_dtype: str = "auto"
 
     def settings(self) -> Settings:
         """The preset with the flags that were given."""
@@ -96,7 +98,7 @@ def open_stream(
     recent = options.recent_frames if policy.localises else 0
     cache = KVCache(
         spec, batch=len(text_rows), dtype=model.dtype, device=model.device, recent=recent, local_sink=policy.sink,
-        backend=options.backend,
+        backend=options.backend, kv_dtype=options.kv_dtype,
     )  # fmt: skip
     absorber = Absorber(
         targets=[block.self_attn.o for block in model.layers()],

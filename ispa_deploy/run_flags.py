@@ -89,6 +89,9 @@ class StreamFlags:
     backend: Annotated[str, typer.Option("--attention", help="Attention backend; auto is the best that runs here.")] = (
         "auto"
     )
+    kv_dtype: Annotated[
+        str, typer.Option(help="How cached keys and values are held: auto (the model's own dtype), int8 or fp8.")
+    ] = "auto"
 
     def options(self) -> StreamOptions:
         """The stream's options; InputError for text that means none."""

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ispa_deploy.cache import KVCache, Layout, WindowCache
+from ispa_deploy.cache import KVCache, WindowCache
 from ispa_deploy.errors import InputError
+from ispa_deploy.kvstore import Layout, Store
 from ispa_deploy.slots import WindowSlots
 from ispa_deploy.specs import ModelSpec
 from tests.reference import NaiveMemory
@@ -204,7 +205,7 @@ def test_recent_frames_are_counted() -> None:
 
 def test_evicted_history_is_freed_at_once() -> None:
     cache = KVCache(SPEC)
-    buffers = [weakref.ref(buffer) for buffer in (cache._layers[2].k, cache._layers[2].v)]
+    buffers = [weakref.ref(buffer) for store in (cache._layers[2].k, cache._layers[2].v) for buffer in store.parts]
     cache.localise(2, 1, 0)
     assert [buffer() for buffer in buffers] == [None, None]
 
@@ -244,13 +245,15 @@ def test_a_buffer_that_does_not_roll_ends_in_one_line() -> None:
 @pytest.mark.parametrize(("wide", "moves"), [(True, True), (False, False)])
 def test_a_sixteen_bit_averaging_sink_keeps_small_updates_in_float32(wide: bool, moves: bool) -> None:
     layout = Layout(1, 2, 1, 4, torch.bfloat16, torch.device("cpu"))
-    cache = WindowCache(layout, WindowSlots(capacity=9, sink=3, chunk=3), 0.999, wide)
+    cache = WindowCache(WindowSlots(capacity=9, sink=3, chunk=3), Store(layout, 9), Store(layout, 9), 0.999, wide)
     for start in range(0, 900, 3):
         cache.begin(start, 3)
         first, last = cache.slots.current
-        cache.k[:, first:last] = cache.v[:, first:last] = 1.0 if start == 0 else 1.25
+        for slot in range(first, last):
+            for store in (cache.k, cache.v):
+                store.put(slot, torch.full((1, 2, 1, 4), 1.0 if start == 0 else 1.25))
     sink = cache.slots.frames.index(0)
     expected = 1.25 - 0.25 * 0.999 ** (900 / 3 - 3)  # every update counts
-    drift = float(cache.k[:, sink].float().mean()) - 1
+    drift = float(cache.k.frame(sink).float().mean()) - 1
     assert (abs(drift - (expected - 1)) < 5e-3) == moves
     assert bool(cache.wide_bytes()) == wide

@@ -166,6 +166,14 @@ def test_quantise_run_store_and_start_from_stored_deltas(demo: Path, tmp_path: P
     assert command("inspect", demo, "--json").document["intact"] is True
 
 
+def test_keys_and_values_in_eight_bits(demo: Path) -> None:
+    plain, coded = (stream(demo, "--kv-dtype", form, frames=6).document["kv"] for form in ("auto", "int8"))
+    assert (plain["dtype"], plain["error"], coded["dtype"]) == ("auto", {}, "int8")
+    assert coded["persistent_bytes"] * 128 == plain["persistent_bytes"] * (32 + 2), "float32, heads of 32"
+    assert all(0 < coded["error"][name] < 0.02 for name in ("keys", "values"))
+    refused(stream(demo, "--kv-dtype", "int4"), "unknown KV dtype 'int4'", "auto, fp8, int8")
+
+
 def test_ctrl_c_finishes_the_chunk_and_closes_the_video(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

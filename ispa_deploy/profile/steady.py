@@ -86,9 +86,10 @@ def _fill(stream: Stream, generator: torch.Generator) -> int:
     while start < spec.window_frames:
         cache.begin(start, count)
         start, count = start + count, spec.chunk_frames
-    for layer in cache._layers:
-        layer.k.normal_(generator=generator)
-        layer.v.normal_(generator=generator)
+    for store in (store for layer in cache._layers for store in (layer.k, layer.v)):
+        for slot in range(spec.window_frames):
+            shape = store.frame(slot).shape
+            store.put(slot, torch.randn(shape, generator=generator, device=cache.device))
     return start
 
 
