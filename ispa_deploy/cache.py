@@ -404,6 +404,10 @@ class KVCache:
         """Bytes allocated for keys and values kept between chunks, over all layers."""
         return sum(layer.nbytes() for layer in self._layers)
 
+    def layer_bytes(self, layer: int) -> int:
+        """Bytes allocated for the keys and values that one layer keeps between chunks."""
+        return self._layers[layer].nbytes()
+
     def wide_sink_bytes(self) -> int:
         """Bytes of float32 copies of averaging sinks, on top of `persistent_bytes`."""
         return sum(layer.wide_bytes() for layer in self._layers if isinstance(layer, WindowCache))

@@ -230,7 +230,7 @@ def test_the_report_has_the_documented_schema(report: dict[str, Any]) -> None:
         assert set(run) >= RUN_KEYS
         assert {"median", "p90", "p99", "n"} <= set(run["chunk_ms"])
         assert set(run["components"]) == set(ROWS)
-        assert set(run["memory"]) == {"weights", "kv_persistent", "kv_scratch", "deltas", "statistics", "peak"}
+        assert set(run["memory"]) >= {"weights", "kv_persistent", "kv_scratch", "deltas", "statistics", "peak"}
         assert set(run["fps"]) == {"dit", "with_vae", "wall"}
     assert set(report["paper"]) == {"attention", "overall", "overall_w8a8"}
     assert all(set(entry) == {"paper", "ours", "verdict", "short"} for entry in report["paper"].values())
