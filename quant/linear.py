@@ -42,6 +42,8 @@ class QuantisedLinear(nn.Module):
     weight_scale: Tensor
     bias: Tensor | None
 
+    DELTA_STATE: ClassVar[tuple[str, ...]] = ("delta", "delta_mode", "_requantised", "_folded", "_moved_bias")
+
     delta: Delta | None = None
     delta_mode: str | None = None
     _resident: Resident | None = None
