@@ -277,6 +277,7 @@ class KVCache:
         self.past_bias = math.log(past_bias)
         rows, columns = grid or spec.grid
         self.spec, self.recent, self.local_sink, self.backend = spec, recent, local_sink, backend
+        self.batch = batch
         self.observer: Observer | None = None
         self.committing = self.recaching = False
         self.start, self.count = 0, 0

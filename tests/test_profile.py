@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from ispa_deploy.errors import InputError
+from ispa_deploy.memory import weight_bytes
 from ispa_deploy.options import StreamOptions, open_stream
 from ispa_deploy.profile.breakdown import LIMITS, Breakdown, closing, typical
 from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
-from ispa_deploy.profile.lane import weight_bytes
 from ispa_deploy.profile.paper import Parts, amdahl, keys_ratio, shortfall, verdict
 from ispa_deploy.profile.recorder import CpuRecorder, measure
 from ispa_deploy.profile.steady import SteadyStream

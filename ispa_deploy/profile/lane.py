@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ispa_deploy.memory import weight_bytes
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions
 from ispa_deploy.profile.breakdown import Breakdown, typical
@@ -170,13 +171,3 @@ def _facts(lane: Lane) -> dict[str, Any]:
         "layers": lane.steady.layers(),
         "audit": configuration.audit(configuration.model) if configuration.audit else [],
     }
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights; a layer that keeps them packed outside of its state says so by `nbytes`."""
-    total = 0
-    for module in model.modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        packed = getattr(module, "nbytes", None)
-        total += packed if isinstance(packed, int) else sum(tensor.nbytes for tensor in own)
-    return total
