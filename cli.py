@@ -23,10 +23,8 @@ from ispa_deploy.flags import (
     switch_of,
 )
 from ispa_deploy.printing import (
-    describe_models,
     emit,
     print_mapping,
-    print_models,
     print_profile,
     print_run,
     print_table,
@@ -81,13 +79,26 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def models(json_only: JsonOpt = False) -> None:
-    """List the models this version knows: geometry, window, predicted bytes, source and licence note."""
+    """List the models this version knows: geometry, window, source and licence note."""
     from ispa_deploy.specs import SPECS
 
     if json_only:
-        typer.echo(to_json(describe_models(SPECS.values())))
+        typer.echo(to_json([spec.to_dict() for spec in SPECS.values()]))
         return
-    print_models(SPECS.values())
+    rows = [
+        (
+            spec.name,
+            f"{spec.layers} x {spec.dim}",
+            f"{spec.heads} x {spec.head_dim}",
+            str(spec.frame_tokens),
+            f"{spec.window_frames} / {spec.sink_frames} / {spec.chunk_frames}",
+            spec.rope,
+        )
+        for spec in SPECS.values()
+    ]
+    print_table(("model", "layers", "heads", "tokens/frame", "window/sink/chunk", "rope"), rows)
+    for spec in SPECS.values():
+        typer.echo(f"{spec.name}: {spec.source} ({spec.licence})")
 
 
 @app.command()
@@ -108,8 +119,26 @@ def quantize(
     lora_alpha: Annotated[
         float | None, typer.Option(help="Its alpha; default: the published one (LiveAvatar 64, others their rank).")
     ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Prompts, one per line, to measure activations with; or a prompt-embeds file.")
+    ] = None,
+    calibrate_frames: Annotated[
+        int | None, typer.Option(min=1, help="Latent frames of each calibration stream; default: two windows.")
+    ] = None,
+    smooth: Annotated[
+        str, typer.Option(help="SmoothQuant: none; fold, where it is exact and free; all, also where layers multiply.")
+    ] = "none",
+    smooth_alpha: Annotated[float, typer.Option(help="Its strength: 0 balances nothing, 1 all for activations.")] = 0.5,
+    report: Annotated[
+        bool, typer.Option("--report", help="Measure the bundle against the original, one step at a time.")
+    ] = False,
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="UMT5-XXL that reads the prompts of a checkpoint's calibration.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Its tokenizer's folder; default: beside it.")] = None,
     dtype: DtypeOpt = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of `random` weights.")] = 0,
+    device: Annotated[str, typer.Option(help="Where calibration and --report run: auto, cpu, cuda or cuda:N.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of `random` weights and of calibration's noise.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     threads: ThreadsOpt = None,
     json_only: JsonOpt = False,
@@ -120,9 +149,19 @@ def quantize(
         import torch
 
         torch.set_num_threads(threads)
+    place = device_of(device)
+    if tokenizer is not None and text_encoder is None:
+        raise InputError("--tokenizer goes with --text-encoder PATH: add it")
+    from export.calibrate import Activations
+    from export.companions import reader_of
+
+    activations = Activations(
+        prompts=calibrate, frames=calibrate_frames, seed=seed, device=place, smooth=smooth, alpha=smooth_alpha,
+        reader=None if text_encoder is None else reader_of(text_encoder, tokenizer, place), report=report,
+    )  # fmt: skip
     document = _quantise(
         source, out, scheme, model=model, skip=skip or (), lora=lora, lora_alpha=lora_alpha, dtype=dtype_of(dtype),
-        seed=seed, overwrite=overwrite, plan=plan,
+        seed=seed, overwrite=overwrite, plan=plan, activations=activations,
     )  # fmt: skip
     emit(document, json_only, stats, lambda: typer.echo(f"bundle: {document['bundle']}"))
 
@@ -297,6 +336,7 @@ def demo(
 
 def _quantise(source: str, out: Path, scheme: str, **choices: Any) -> dict[str, Any]:
     from export.convert import quantise_source
+    from export.onestep import one_step, summary_tables
     from quant import SCHEMES, resolve
     from quant.schemes import W8A8
 
@@ -308,7 +348,12 @@ def _quantise(source: str, out: Path, scheme: str, **choices: Any) -> dict[str, 
     if report.plan is not None:
         say(report.plan.summary())
         print_table(*report.plan.table(), err=True)
-    return {"bundle": str(folder), "scheme": chosen.name, **report.as_dict()}
+    document = {"bundle": str(folder), "scheme": chosen.name, **report.as_dict()}
+    if (errors := one_step(folder)) is not None:
+        for table in summary_tables(errors):
+            print_table(*table, err=True)
+        document["one_step"] = errors
+    return document
 
 
 def _open(folder: Path, machine: MachineFlags, prompt_embeds: Path | None = None) -> Bundle:

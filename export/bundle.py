@@ -6,7 +6,7 @@ The network is built on the meta device, so no random weights are drawn and none
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ __all__ = ["Bundle", "open_bundle", "read_prompt_embeds", "stand_in_rows", "writ
 
 DEMO = "demo"
 EMBEDS = "prompt_embeds"
+_SCALES = ("weight", "input", "pre_quant")
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,7 @@ class Bundle:
             return read_prompt_embeds(Path(prompt_embeds), self.spec)
         if self.prompts is not None:
             return self.prompts.rows([prompt])[0]
-        if self.spec.name == DEMO:
-            from ispa_deploy.demo.prompts import embed, parse_prompt
-
-            return embed(parse_prompt(prompt)[None])
-        if self.manifest.source.kind == "random":
-            return stand_in_rows(prompt, self.spec)
-        raise InputError(
-            f"model '{self.spec.name}' has no text encoder in its bundle: name one with --text-encoder PATH, or "
-            f"pass --prompt-embeds FILE.safetensors with '{EMBEDS}' of shape (L, {self.spec.text_dim})"
-        )
+        return built_in_rows(prompt, self.spec, self.manifest.source.kind)
 
     def decoder(self) -> Decoder | None:
         """Latents to pixels, for one stream: what `decoders` makes, else the demo's codec; None for other models."""
@@ -156,7 +148,7 @@ def open_bundle(
     if manifest.spec.layers > len(found):
         # Before the network is built: a hostile number of layers would take for ever.
         raise InputError(f"bundle '{folder}' has {len(found)} tensors: too few for {manifest.spec.layers} layers")
-    model = _skeleton(manifest)
+    model = _skeleton(manifest, found)
     expected = model.state_dict()
     where = f"bundle '{folder}'"
     check_names(found, expected, where, manifest.spec.name)
@@ -187,6 +179,20 @@ def read_prompt_embeds(path: Path, spec: ModelSpec) -> Tensor:
             f"'{path}': '{EMBEDS}' of shape {tuple(rows.shape)}: expected (1, up to {spec.text_len}, {spec.text_dim})"
         )
     return torch.nn.functional.pad(rows, (0, 0, 0, spec.text_len - rows.shape[1]))
+
+
+def built_in_rows(prompt: str, spec: ModelSpec, kind: str) -> Tensor:
+    """Rows for a prompt without a text encoder; `kind` as `Source.kind`. InputError where the model needs one."""
+    if spec.name == DEMO:
+        from ispa_deploy.demo.prompts import embed, parse_prompt
+
+        return embed(parse_prompt(prompt)[None])
+    if kind == "random":
+        return stand_in_rows(prompt, spec)
+    raise InputError(
+        f"model '{spec.name}' has no text encoder in its bundle: name one with --text-encoder PATH, or "
+        f"pass --prompt-embeds FILE.safetensors with '{EMBEDS}' of shape (L, {spec.text_dim})"
+    )
 
 
 def stand_in_rows(prompt: str, spec: ModelSpec) -> Tensor:
@@ -226,11 +232,12 @@ def _contents(shards: Sequence[Path]) -> dict[str, tuple[str, Shape]]:
     return found
 
 
-def _skeleton(manifest: Manifest) -> CausalWanDiT:
+def _skeleton(manifest: Manifest, found: Collection[str]) -> CausalWanDiT:
     """The network without storage, with empty quantised layers where the manifest says so."""
     with torch.device("meta"):
         model = CausalWanDiT(manifest.spec)
-    empty_quantised_(model, SCHEMES[manifest.scheme], manifest.quantised, _plan(manifest))
+    smoothed = [name for name in manifest.quantised if f"{name}.pre_quant_scale" in found]
+    empty_quantised_(model, SCHEMES[manifest.scheme], manifest.quantised, _plan(manifest), smoothed)
     return model
 
 
@@ -249,7 +256,7 @@ def _casts(
         layer = scheme_of(name, SCHEMES[manifest.scheme], plan).layer
         assert layer != "float", "refused when the network was made"
         # Scales belong to the codes, and the kernels add the bias in float32.
-        scales = [f"{name}.{which}_scale" for which in ("weight", "input") if f"{name}.{which}_scale" in found]
+        scales = [f"{name}.{which}_scale" for which in _SCALES if f"{name}.{which}_scale" in found]
         codes.update({f"{name}.weight": (CODES[LAYERS[layer].code_dtype],), **dict.fromkeys(scales, ("F32",))})
         casts.update({f"{name}.weight": None, **dict.fromkeys(scales), f"{name}.bias": torch.float32})
     wrong = [f"{name} {found[name][0]}" for name in sorted(found) if found[name][0] not in codes[name]]
@@ -266,6 +273,6 @@ def _tensor(tensor: Tensor, name: str, dtype: torch.dtype | None, where: str) ->
         check_finite(tensor.to(torch.bfloat16), name, f"'{where}'")
         return aligned(tensor)
     check_finite(tensor, name, f"'{where}'")
-    if name.endswith((".weight_scale", ".input_scale")) and not bool((tensor > 0).all()):
+    if name.endswith(tuple(f".{which}_scale" for which in _SCALES)) and not bool((tensor > 0).all()):
         raise InputError(f"'{where}': {name} holds a scale of 0 or less: expected positive scales; the file is damaged")
     return aligned(tensor if dtype is None else check_finite(tensor.to(dtype), f"{name} in {dtype}", f"'{where}'"))

@@ -87,6 +87,12 @@ def prompt_reader(
     return PromptReader(open_encoder, identity, spec.text_len, spec.text_dim, cache)
 
 
+def reader_of(path: Path, tokenizer: Path | None, device: torch.device) -> Callable[[ModelSpec], PromptReader]:
+    """Makes the `prompt_reader` of a model once that is known, with the user's own cache; files are looked for now."""
+    _files(path, "text encoder")
+    return lambda spec: prompt_reader(path, tokenizer, spec, device, _cache(default_prompt_cache()))
+
+
 def default_prompt_cache() -> Path:
     """Where encoded prompts are kept unless told otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ispa-deploy" / "prompts"

@@ -34,6 +34,8 @@ _FIELDS = {
     "versions": dict, "files": dict,
 }  # fmt: skip
 _RECIPE = {"keep": list, "skip": list}
+# Of the recipe, where there is something to say.
+_OPTIONAL = ("plan", "calibration")
 _LAYER = {
     "name": str, "shape": list, "quantised": bool, "why": str, "sqnr_db": _NUMBER_OR_NONE, "bytes_before": int,
     "bytes_after": int,
@@ -80,7 +82,8 @@ class Layer:
 class Manifest:
     """The content of `ispa.json`. `dtype` is of the tensors that stayed floating point; `files` is all but itself.
 
-    `plan`: that of `quant.plan.Plan.to_dict`, where the layers' schemes were measured.
+    `plan`: that of `quant.plan.Plan.to_dict`, where the layers' schemes were measured. `calibration`: that of
+    `export.calibrate.Calibration.to_dict`, where activations were.
     """
 
     spec: ModelSpec
@@ -93,6 +96,7 @@ class Manifest:
     versions: Mapping[str, str]
     files: Mapping[str, FileDigest]
     plan: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
 
     @property
     def base_sha256(self) -> str:
@@ -109,13 +113,13 @@ class Manifest:
         layers = [asdict(layer) for layer in self.layers]
         for layer in layers:
             layer.update(shape=list(layer["shape"]), sqnr_db=finite(layer["sqnr_db"]))
-        planned = {"plan": dict(self.plan)} if self.plan is not None else {}
+        optional = {name: dict(value) for name in _OPTIONAL if (value := getattr(self, name)) is not None}
         return {
             "schema_version": SCHEMA_VERSION,
             "model": self.spec.to_dict(),
             "dtype": self.dtype,
             "scheme": self.scheme,
-            "recipe": {"keep": list(self.keep), "skip": list(self.skip), **planned},
+            "recipe": {"keep": list(self.keep), "skip": list(self.skip), **optional},
             "layers": layers,
             "source": asdict(self.source),
             "versions": dict(self.versions),
@@ -132,8 +136,8 @@ class Manifest:
                 "write the bundle again"
             )
         checked(fields, _FIELDS, where)
-        planned = {"plan": dict} if "plan" in fields["recipe"] else {}
-        recipe = checked(fields["recipe"], {**_RECIPE, **planned}, f"{where}: recipe")
+        optional = {name: dict for name in _OPTIONAL if name in fields["recipe"]}
+        recipe = checked(fields["recipe"], {**_RECIPE, **optional}, f"{where}: recipe")
         source = Source(**checked(fields["source"], _SOURCE, f"{where}: source"))
         one_of(source.kind, SOURCE_KINDS, f"{where}: source.kind")
         one_of(fields["dtype"], FLOAT_DTYPES, f"{where}: dtype")
@@ -147,7 +151,7 @@ class Manifest:
             source=source,
             versions={str(name): str(value) for name, value in fields["versions"].items()},
             files={name: _digest(name, row, where) for name, row in fields["files"].items()},
-            plan=recipe.get("plan"),
+            **{name: recipe.get(name) for name in _OPTIONAL},
         )
 
 

@@ -82,7 +82,7 @@ def write_entries(
             manifest = Manifest(
                 spec=spec, dtype=str(dtype).removeprefix("torch."), scheme=scheme.name, keep=scheme.keep,
                 skip=tuple(skip), layers=_layers(report()), source=source, versions=current_versions(), files=files,
-                plan=planned.to_dict() if (planned := report().plan) else None,
+                plan=planned.to_dict() if (planned := report().plan) else None, calibration=report().calibration,
             )  # fmt: skip
             _write_json(partial / MANIFEST, manifest.to_dict())
     except OSError as error:

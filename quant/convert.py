@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ispa_deploy.errors import InputError
 from ispa_deploy.linear import Linear
@@ -15,8 +16,9 @@ from quant.kernels import runs
 from quant.layers import LAYERS, StaticInt8Linear
 from quant.linear import QuantisedLinear
 from quant.plan import Plan
-from quant.primitives import check_finite, sqnr_db
+from quant.primitives import check_finite, dequantise, sqnr_db
 from quant.schemes import SCHEMES, Scheme
+from quant.smooth import NOTHING, Smoothing, smooth_
 
 # At or below this width the passes around the product cost what eight bits win.
 NO_GAIN_WIDTH = 256
@@ -37,11 +39,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a conversion did to every linear layer of a model, in the model's order, and the plan it followed."""
+    """What a conversion did to every linear layer of a model, in the model's order, and the plan it followed.
+
+    `calibration`: plain JSON types, of whoever calibrated.
+    """
 
     scheme: str
     rows: tuple[Row, ...]
     plan: Plan | None = None
+    calibration: Mapping[str, Any] | None = None
 
     @property
     def quantised(self) -> tuple[str, ...]:
@@ -70,7 +76,8 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         planned = {"plan": self.plan.to_dict()} if self.plan is not None else {}
-        return {"scheme": self.scheme, "layers": [asdict(row) for row in self.rows], **planned}
+        calibrated = {"calibration": dict(self.calibration)} if self.calibration is not None else {}
+        return {"scheme": self.scheme, "layers": [asdict(row) for row in self.rows], **planned, **calibrated}
 
 
 def quantise_(
@@ -80,11 +87,13 @@ def quantise_(
     skip: Sequence[str] = (),
     plan: Plan | None = None,
     ranges: Mapping[str, float] | None = None,
+    smoothing: Smoothing = NOTHING,
 ) -> Report:
     """Replace the model's linears by `scheme`'s, in place; the floating weights are released one by one.
 
     `skip`: more regular expressions beside the scheme's own; each must match a linear. `plan`: for every linear that
-    is not kept anyway its own scheme. `ranges`: largest magnitude seen at each linear's input, for static schemes.
+    is not kept anyway its own scheme. `ranges`: largest magnitude seen at each linear's input, for static schemes;
+    with `smoothing`, which is applied first, of the smoothed input.
     Layers whose kernels do not run on this device keep their plain codes, ready to be written or moved.
 
     Raises `InputError` for a pattern that is malformed or matches nothing, for a weight that is not finite, for a
@@ -96,11 +105,13 @@ def quantise_(
     for name, reason in reasons.items():
         if reason is None:
             check_finite(linears[name].weight, f"{name}.weight")
-            _check_range(name, scheme_of(name, scheme, plan), amax)
+            check_range(name, scheme_of(name, scheme, plan), amax)
+    smooth_(model, smoothing)
     rows = []
     for name, reason in reasons.items():
         linear = linears.pop(name)  # the last reference but the model's: its weight goes when it is replaced
-        layer, row = convert_linear(name, linear, scheme_of(name, scheme, plan), reason, amax.get(name))
+        own, pre_scale = scheme_of(name, scheme, plan), smoothing.pre_scale(name)
+        layer, row = convert_linear(name, linear, own, reason, amax.get(name), pre_scale)
         rows.append(row)
         if layer is not None:
             _replace(model, {name: layer})
@@ -139,10 +150,20 @@ def scheme_of(name: str, scheme: Scheme, plan: Plan | None) -> Scheme:
 
 
 def convert_linear(
-    name: str, linear: nn.Linear, scheme: Scheme, reason: str | None, amax: float | None = None
+    name: str,
+    linear: nn.Linear,
+    scheme: Scheme,
+    reason: str | None,
+    amax: float | None = None,
+    pre_scale: Tensor | None = None,
 ) -> tuple[QuantisedLinear | None, Row]:
-    """One linear in `scheme`, not yet packed, or None where `kept` gave a `reason` to keep it; and its row."""
+    """One linear in `scheme`, not yet packed, or None where `kept` gave a `reason` to keep it; and its row.
+
+    `pre_scale` (K,): what its input is multiplied by; its weight has been divided by it.
+    """
     layer = None if reason else make_layer(linear, scheme, f"{name}.weight", amax)
+    if layer is not None and pre_scale is not None:
+        layer.pre_quant_scale = pre_scale.to(linear.weight.device)
     return layer, _row(name, linear, layer, reason)
 
 
@@ -151,17 +172,19 @@ def make_layer(linear: nn.Linear, scheme: Scheme, name: str, amax: float | None 
     assert scheme.layer != "float"
     kind = LAYERS[scheme.layer]
     if issubclass(kind, StaticInt8Linear):
-        _check_range(name, scheme, {} if amax is None else {name: amax})
+        check_range(name, scheme, {} if amax is None else {name: amax})
         assert amax is not None
         return kind.calibrated(linear, amax, name)
     return kind.from_float(linear, name)
 
 
-def empty_quantised_(model: nn.Module, scheme: Scheme, names: Iterable[str], plan: Plan | None = None) -> None:
+def empty_quantised_(
+    model: nn.Module, scheme: Scheme, names: Iterable[str], plan: Plan | None = None, smoothed: Iterable[str] = ()
+) -> None:
     """Replace the named linears by empty layers of `scheme`, on their device (meta included), for loading a bundle.
 
-    A `plan` gives layers schemes of their own. Load the state, then `prepare_`. Raises `InputError` when a name is not
-    a linear of this model.
+    A `plan` gives layers schemes of their own, those in `smoothed` multiply their input first. Load the state, then
+    `prepare_`. Raises `InputError` when a name is not a linear of this model.
     """
     layers: dict[str, nn.Module] = {}
     modules = dict(model.named_modules())
@@ -173,6 +196,10 @@ def empty_quantised_(model: nn.Module, scheme: Scheme, names: Iterable[str], pla
         layers[name] = LAYERS[own.layer](
             linear.in_features, linear.out_features, linear.bias is not None, device=linear.weight.device
         )
+    for name in smoothed:
+        layer = layers.get(name)
+        if isinstance(layer, QuantisedLinear):
+            layer.pre_quant_scale = torch.ones(layer.in_features, device=layer.weight_scale.device)
     _replace(model, layers)
 
 
@@ -193,7 +220,8 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def _check_range(name: str, scheme: Scheme, ranges: Mapping[str, float]) -> None:
+def check_range(name: str, scheme: Scheme, ranges: Mapping[str, float]) -> None:
+    """InputError for a linear of a static scheme that has no range."""
     if scheme.layer == "int8-static" and name not in ranges:
         raise InputError(
             f"scheme {scheme.name} on '{name}': no calibrated activation range, expected one for every layer it "
@@ -230,7 +258,7 @@ def _row(name: str, linear: nn.Linear, layer: QuantisedLinear | None, reason: st
         return Row(name, shape, False, reason or "", None, before, before)
     small = min(shape) <= NO_GAIN_WIDTH
     why = f"quantised for its bytes: at width {min(shape)} eight bits gain no time" if small else "quantised"
-    decibels = sqnr_db(linear.weight.detach(), layer.reference_weight())
+    decibels = sqnr_db(linear.weight.detach(), dequantise(layer.codes(), layer.weight_scale))
     return Row(name, shape, True, why, decibels, before, layer.nbytes)
 
 

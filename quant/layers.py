@@ -13,6 +13,13 @@ from quant.primitives import CODE_MAX, FLOAT8, SCALE_FLOOR, quantise_weight_fp8
 from quant.schemes import LayerKind
 
 
+def step_of(amax: float, name: str) -> Tensor:
+    """(1,) float32: the activation scale of a layer whose inputs reach `amax`. `InputError` unless finite, >= 0."""
+    if not 0 <= amax < float("inf"):
+        raise InputError(f"{name}: calibrated range {amax}: expected a finite number of at least 0; calibrate anew")
+    return torch.tensor([amax / CODE_MAX], dtype=torch.float32).clamp_min(SCALE_FLOOR)
+
+
 class StaticInt8Linear(Int8Linear):
     """int8 with one calibrated activation scale for the whole layer; what lies outside its range saturates.
 
@@ -31,11 +38,9 @@ class StaticInt8Linear(Int8Linear):
     @classmethod
     def calibrated(cls, linear: nn.Linear, amax: float, name: str = "weight") -> StaticInt8Linear:
         """Quantise a linear whose inputs were seen to reach `amax`. Raises `InputError` unless that is finite, >= 0."""
-        if not 0 <= amax < float("inf"):
-            raise InputError(f"{name}: calibrated range {amax}: expected a finite number of at least 0; calibrate anew")
+        step = step_of(amax, name)
         layer = cls.from_float(linear, name)
-        step = torch.tensor([amax / CODE_MAX], dtype=torch.float32, device=linear.weight.device)
-        layer.input_scale = step.clamp_min(SCALE_FLOOR)
+        layer.input_scale = step.to(linear.weight.device)
         return layer
 
     def _step(self) -> Tensor | None:

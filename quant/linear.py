@@ -29,7 +29,8 @@ def _mark(name: str) -> AbstractContextManager[None]:
 class QuantisedLinear(nn.Module):
     """y = x W^T + b: weight codes of one byte, one float32 scale per output, activations quantised on the way.
 
-    State: `weight` (N, K) in `code_dtype`, `weight_scale` float32 (N, 1), `bias` (N,) float or None, as in a bundle.
+    State: `weight` (N, K) in `code_dtype`, `weight_scale` float32 (N, 1), `bias` (N,) float or None, as in a bundle;
+    `pre_quant_scale` (K,) float32 where the input is smoothed here: it is multiplied by it before it is quantised.
     A row of x that holds NaN or Inf gives a row of NaN. A kind of layer is a subclass that names its codes and its
     family of kernels.
     """
@@ -41,8 +42,7 @@ class QuantisedLinear(nn.Module):
     weight: Tensor | None
     weight_scale: Tensor
     bias: Tensor | None
-
-    DELTA_STATE: ClassVar[tuple[str, ...]] = ("delta", "delta_mode", "_requantised", "_folded", "_moved_bias")
+    pre_quant_scale: Tensor | None
 
     delta: Delta | None = None
     delta_mode: str | None = None
@@ -69,6 +69,7 @@ class QuantisedLinear(nn.Module):
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=self.code_dtype, device=device))
         self.register_buffer("weight_scale", torch.ones(out_features, 1, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32, device=device) if bias else None)
+        self.register_buffer("pre_quant_scale", None)
 
     @staticmethod
     def encode(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -104,7 +105,10 @@ class QuantisedLinear(nn.Module):
     def quantise(self, x: Tensor) -> QuantisedRows:
         """(..., K) -> rows that every layer of this kind, input and device accepts: quantise once for q, k and v."""
         with _mark("linear.quantise"):
-            codes, scale = quantise(x.reshape(-1, self.in_features), self._prepared().entry.kernel, self._step())
+            rows = x.reshape(-1, self.in_features)
+            if self.pre_quant_scale is not None:  # powers of two: exact in any dtype
+                rows = rows * self.pre_quant_scale.to(rows.dtype)
+            codes, scale = quantise(rows, self._prepared().entry.kernel, self._step())
         return QuantisedRows(codes, scale, x)
 
     def _step(self) -> Tensor | None:
@@ -163,7 +167,8 @@ class QuantisedLinear(nn.Module):
     def nbytes(self) -> int:
         """Bytes of the layer without a delta: codes, scales, bias."""
         codes = self.in_features * self.out_features
-        return codes + self.weight_scale.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        rest = (self.weight_scale, self.bias, self.pre_quant_scale)
+        return codes + sum(tensor.nbytes for tensor in rest if tensor is not None)
 
     # Audit
 
@@ -189,11 +194,17 @@ class QuantisedLinear(nn.Module):
     # The delta seam (ispa_deploy.delta)
 
     def reference_weight(self) -> Tensor:
-        """(N, K) float32: codes times scales."""
-        return dequantise(self.codes(), self.weight_scale)
+        """(N, K) float32: codes times scales, and what the input is multiplied by."""
+        weight = dequantise(self.codes(), self.weight_scale)
+        return weight if self.pre_quant_scale is None else weight.mul_(self.pre_quant_scale)
 
     def _with(self, delta: Delta) -> Tensor:
         return self.reference_weight().add_(delta.weight)
+
+    def _encoded_with(self, delta: Delta) -> tuple[Tensor, Tensor]:
+        """Codes and scales of the weight with the delta, for the input as it is quantised."""
+        weight = self._with(delta)
+        return type(self).encode(weight if self.pre_quant_scale is None else weight / self.pre_quant_scale, "delta")
 
     def set_delta(self, delta: Delta | None, mode: str = "auto") -> None:
         """Carry `delta` from now on; `auto` is `requant`: one int8 product, no slower than without a delta.
@@ -212,7 +223,7 @@ class QuantisedLinear(nn.Module):
         own = self._prepared()
         self.delta, self.delta_mode = delta, "requant" if mode == "auto" else mode
         if self.delta_mode == "requant":
-            self._requantised = Resident(own.entry.kernel, *type(self).encode(self._with(delta), "delta"))
+            self._requantised = Resident(own.entry.kernel, *self._encoded_with(delta))
         elif self.delta_mode == "fold":
             self._folded = self._with(delta).to(delta.weight.dtype)
         if delta.bias is not None:

@@ -55,14 +55,23 @@ def call_rows(spec: ModelSpec, name: str) -> int:
 
 
 def plan_for(
-    request: str, model: nn.Module, spec: ModelSpec, schemes: Sequence[Scheme], *, skip: Sequence[str] = ()
+    request: str,
+    model: nn.Module,
+    spec: ModelSpec,
+    schemes: Sequence[Scheme],
+    *,
+    skip: Sequence[str] = (),
+    activations: Mapping[str, Tensor] | None = None,
 ) -> Plan | None:
-    """What `--plan` asks for: `none`, `auto` (measured here, on the model's own device or the CPU), or a file."""
+    """What `--plan` asks for: `none`, `auto` (measured here, on the model's own device or the CPU), or a file.
+
+    `activations`: see `make_plan`.
+    """
     if request == "none":
         return None
     if request != "auto":
         return load_plan(request)
-    return make_plan(model, lambda name: call_rows(spec, name), schemes, skip=skip)
+    return make_plan(model, lambda name: call_rows(spec, name), schemes, skip=skip, activations=activations)
 
 
 def make_plan(

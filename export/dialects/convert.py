@@ -90,8 +90,14 @@ def import_dialect(
 
 
 def encode(to: Dialect, entries: Mapping[str, Entry], quantised: tuple[str, ...], where: str) -> dict[str, Entry]:
-    """A bundle's tensors -> the dialect's; InputError for layers that hold no int8 codes."""
+    """A bundle's tensors -> the dialect's; InputError for layers that hold no int8 codes or smooth their input."""
     rest = dict(entries)
+    smoothed = [name for name in entries if name.endswith(".pre_quant_scale")]
+    if smoothed:
+        raise InputError(
+            f"{where}: {smoothed[0]}: a reader that passes over it would compute something else; expected smoothing "
+            "that is folded, made with --smooth fold"
+        )
     written: dict[str, Entry] = {}
     for layer in quantised:
         codes, scale = rest.pop(f"{layer}.weight"), rest.pop(f"{layer}.weight_scale")

@@ -15,6 +15,7 @@ from export.tensors import CODES, FLOATS, Entry, check_names, check_shapes
 from ispa_deploy.errors import InputError, known_names
 from ispa_deploy.specs import spec_for
 from quant.convert import Report, Row, empty_quantised_
+from quant.plan import Plan
 from quant.schemes import SCHEMES
 
 HEADER_KEY = "ispa_bundle"
@@ -73,7 +74,9 @@ def check_state(state: Mapping[str, Entry], manifest: Manifest, where: str) -> N
 
 def report_of(manifest: Manifest) -> Report:
     """The manifest's layers as the report that writing a bundle asks for."""
-    return Report(manifest.scheme, tuple(Row(**asdict(layer)) for layer in manifest.layers))
+    plan = Plan.from_dict(manifest.plan, "recipe.plan") if manifest.plan is not None else None
+    rows = tuple(Row(**asdict(layer)) for layer in manifest.layers)
+    return Report(manifest.scheme, rows, plan, manifest.calibration)
 
 
 def _elsewhere(quantised: tuple[str, ...], model: str | None, file: Path, state: Mapping[str, Entry]) -> Manifest:
