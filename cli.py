@@ -23,8 +23,10 @@ from ispa_deploy.flags import (
     switch_of,
 )
 from ispa_deploy.printing import (
+    describe_models,
     emit,
     print_mapping,
+    print_models,
     print_profile,
     print_run,
     print_table,
@@ -79,26 +81,13 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def models(json_only: JsonOpt = False) -> None:
-    """List the models this version knows: geometry, window, source and licence note."""
+    """List the models this version knows: geometry, window, predicted bytes, source and licence note."""
     from ispa_deploy.specs import SPECS
 
     if json_only:
-        typer.echo(to_json([spec.to_dict() for spec in SPECS.values()]))
+        typer.echo(to_json(describe_models(SPECS.values())))
         return
-    rows = [
-        (
-            spec.name,
-            f"{spec.layers} x {spec.dim}",
-            f"{spec.heads} x {spec.head_dim}",
-            str(spec.frame_tokens),
-            f"{spec.window_frames} / {spec.sink_frames} / {spec.chunk_frames}",
-            spec.rope,
-        )
-        for spec in SPECS.values()
-    ]
-    print_table(("model", "layers", "heads", "tokens/frame", "window/sink/chunk", "rope"), rows)
-    for spec in SPECS.values():
-        typer.echo(f"{spec.name}: {spec.source} ({spec.licence})")
+    print_models(SPECS.values())
 
 
 @app.command()

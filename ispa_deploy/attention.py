@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,20 @@ def _cpu_flash(q: Tensor, k: Tensor, v: Tensor) -> Attended:
     return Attended(out.transpose(1, 2), lse.transpose(1, 2))
 
 
+@_backend("cpu-native")
+def _cpu_native(q: Tensor, k: Tensor, v: Tensor) -> Attended:
+    from ispa_deploy.native.attention import attention
+
+    return Attended(*attention(q, k, v))
+
+
+@_backend("cpu-blocked")
+def _cpu_blocked(q: Tensor, k: Tensor, v: Tensor) -> Attended:
+    from ispa_deploy.attention_cpu import blocked
+
+    return Attended(*blocked(q, k, v))
+
+
 @_backend("cudnn")
 def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Attended:
     op = torch.ops.aten._scaled_dot_product_cudnn_attention
@@ -94,6 +109,9 @@ def _flash_attn_2(q: Tensor, k: Tensor, v: Tensor) -> Attended:
     return Attended(out, lse.transpose(1, 2))
 
 
+# On a CPU, bfloat16: in this order of expectation, measured. Float32 has one kernel.
+_CPU_ORDER = ("cpu-native", "cpu-flash", "cpu-blocked")
+_REPEATS, _CLEARLY = 4, 0.9
 _HALF = (torch.bfloat16, torch.float16)
 # Preference on CUDA by compute capability: cuDNN leads on Hopper, flash on Ampere and Blackwell; fp32 has one kernel.
 _CUDA_ORDER = {
@@ -130,11 +148,17 @@ def _probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
     )
 
 
-@cache
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend that `auto` means for this device, dtype and head width."""
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int, queries: int = 256, keys: int = 4096) -> str:
+    """The backend that `auto` means for this device, dtype, head width and number of queries and keys."""
     if device.type == "cpu":
-        return "cpu-flash"
+        # Whole powers of two: a growing window asks for few measurements.
+        sizes = (1 << (min(most, n) - 1).bit_length() for most, n in ((256, queries), (4096, keys)))
+        return _fastest_on_cpu(head_dim, *sizes) if dtype == torch.bfloat16 else "cpu-flash"
+    return _choose_on_gpu(device, dtype, head_dim)
+
+
+@cache
+def _choose_on_gpu(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     if device.type == "cuda":
         hopper = torch.cuda.get_device_capability(device)[0] == 9
         order = _CUDA_ORDER[hopper] if dtype in _HALF else ("cuda-efficient",)
@@ -142,6 +166,27 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
             if works(name, device, dtype, head_dim):
                 return name
     return "reference"
+
+
+@cache
+def _fastest_on_cpu(head_dim: int, queries: int, keys: int) -> str:
+    """Measured on two heads, some milliseconds: later kernels of `_CPU_ORDER` must win clearly, so that noise does not
+    decide between two runs."""
+    device, best, least = torch.device("cpu"), "cpu-flash", float("inf")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, head_dim, generator=generator).bfloat16() for n in (queries, keys, keys))
+    for name in _CPU_ORDER:
+        if works(name, device, torch.bfloat16, head_dim):
+            seconds = min(_seconds(name, q, k, v) for _ in range(_REPEATS))
+            if seconds < _CLEARLY * least:
+                best, least = name, seconds
+    return best
+
+
+def _seconds(name: str, q: Tensor, k: Tensor, v: Tensor) -> float:
+    start = perf_counter()
+    _BACKENDS[name](q, k, v)
+    return perf_counter() - start
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
@@ -155,7 +200,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", mark: str 
     """
     if k.shape[1] == 0:  # the CPU kernel dies on an empty key set
         return Attended(torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=_lse_dtype(q)))
-    name = choose(q.device, q.dtype, q.shape[-1]) if backend == "auto" else backend
+    name = choose(q.device, q.dtype, q.shape[-1], q.shape[1], k.shape[1]) if backend == "auto" else backend
     if name not in _BACKENDS:
         raise known_names("attention backend", name, _BACKENDS)
     if backend != "auto" and (why := _probe(name, q.device, q.dtype, q.shape[-1])):

@@ -12,14 +12,16 @@ Everything is allocated up front; no pass concatenates. A layer is one of two th
 How frames are held, as they come or in 8 bits, is the business of `kvstore`.
 
 The model hands over queries and keys before rotation. With `rope = absolute` keys are stored rotated; with `window`
-they are stored as they come and rotated on every read at their slot in the window, into the same shared scratch.
+they are stored as they come and rotated on every read at their slot in the window, into the same shared scratch. A
+model that encodes its past anew before every chunk (`reencodes`) stores them rotated at that slot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from typing import Protocol
 
 import torch
@@ -30,7 +32,7 @@ from ispa_deploy.errors import InputError
 from ispa_deploy.kvstore import Layout, Places, Store, coders
 from ispa_deploy.regions import region
 from ispa_deploy.rope import Rope, rotate
-from ispa_deploy.slots import Range, WindowSlots
+from ispa_deploy.slots import Range, WindowSlots, split_past
 from ispa_deploy.specs import ModelSpec
 
 Observer = Callable[[int, Tensor, Tensor], None]
@@ -46,6 +48,7 @@ class Frames(Protocol):
     observer: Observer | None
     local_sink: int
     backend: str
+    past_bias: float
 
     def by_frame(self, x: Tensor) -> Tensor: ...
     def stored(self, k: Tensor) -> Tensor: ...
@@ -84,6 +87,12 @@ class WindowCache:
         keys = self.k.window(held, places, k, keep, lambda: frames.scratch("k", held))
         return keys, self.v.window(held, places, v, keep, lambda: frames.scratch("v", held))
 
+    def refill(self, frames: Sequence[int], k: Tensor, v: Tensor) -> None:
+        """The past computed anew: keys as stored and values (B, F, T, H, D) of `frames`, written to their slots."""
+        for index, slot in enumerate(self.slots.admit(frames)):
+            self.k.put(slot, k[:, index])
+            self.v.put(slot, v[:, index])
+
     def _feed_sink(self, evicted: tuple[int, ...]) -> None:
         """Reward-Forcing: the sink frames absorb what the window drops, slot by slot, oldest first.
 
@@ -111,6 +120,8 @@ class WindowCache:
         """Whether a clean pass leaves anything here."""
         return True
 
+    keeps = stores
+
     def store(self, k: Tensor, v: Tensor, frames: Frames) -> None:
         """Keep k and v (B, S, H, D) of a pass, as `attend` would, without attending."""
         stored, values = frames.by_frame(frames.stored(k)), frames.by_frame(v)
@@ -123,14 +134,16 @@ class WindowCache:
         stored = frames.stored(k)
         with region("attention.cache"):
             keys, values = self._window(frames.by_frame(stored), frames.by_frame(v), frames)
-        keys = frames.seen(keys, self.slots.frames[: keys.shape[1]])
+        held = keys.shape[1]
+        keys = frames.seen(keys, self.slots.frames[:held])
+        over = partial(_over, q, keys, values, held=self.slots.frames, frames=frames)
         if frames.observer is None:
-            return attend(q, keys.flatten(1, 2), values.flatten(1, 2), backend=frames.backend).out
+            return over(((0, held),)).out
         near = self.slots.local(frames.start, frames.local_sink)
-        local = _attend_to(q, keys, values, near, frames.backend)
+        local = over(near)
         full = local
         for part in self.slots.rest(near):
-            full = merge(full, _attend_to(q, keys, values, (part,), frames.backend))
+            full = merge(full, over((part,)))
         frames.observer(layer, local.out, full.out)
         return full.out
 
@@ -139,15 +152,6 @@ class WindowCache:
 
     def nbytes(self) -> int:
         return self.k.nbytes() + self.v.nbytes()
-
-
-def _attend_to(q: Tensor, keys: Tensor, values: Tensor, ranges: tuple[Range, ...], backend: str) -> Attended:
-    """Attention over some slots of a window (B, W', T, H, D)."""
-    parts = [attend(q, keys[:, a:b].flatten(1, 2), values[:, a:b].flatten(1, 2), backend=backend) for a, b in ranges]
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = merge(whole, part)
-    return whole
 
 
 class LocalCache:
@@ -174,6 +178,14 @@ class LocalCache:
                 self.k.put(slot, k[:, index])
                 self.v.put(slot, v[:, index])
 
+    def refill(self, frames: Sequence[int], k: Tensor, v: Tensor) -> None:
+        """The past computed anew, of which this layer keeps its share."""
+        self.frames = []
+        rolling = [frame for frame in frames if frame >= self.sink]
+        recent = rolling[-self.recent :] if self.recent else []
+        kept = [index for index, frame in enumerate(frames) if frame < self.sink or frame in recent]
+        self.keep([frames[index] for index in kept], k[:, kept], v[:, kept])
+
     def _slot_for(self, frame: int) -> int:
         rolling = [f for f in self.frames if f >= self.sink]
         if frame < self.sink or len(rolling) < self.recent:
@@ -183,6 +195,11 @@ class LocalCache:
         slot = self.frames.index(oldest)
         self.frames[slot] = frame
         return slot
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything of the past stays here."""
+        return self.sink + self.recent > 0
 
     @property
     def stores(self) -> bool:
@@ -205,8 +222,9 @@ class LocalCache:
                 for slot in range(held):
                     scratch[:, slot] = store.frame(slot)
                 scratch[:, held:] = chunk
-        keys = frames.seen(keys, [*self.frames, *current])
-        out = attend(q, keys.flatten(1, 2), values.flatten(1, 2), backend=frames.backend).out
+        all_held = [*self.frames, *current]
+        keys = frames.seen(keys, all_held)
+        out = _over(q, keys, values, ((0, len(all_held)),), held=all_held, frames=frames).out
         if frames.committing and self.stores:
             with region("attention.cache"):
                 self.keep(current, stored, chunk_v)
@@ -216,12 +234,28 @@ class LocalCache:
         return self.k.nbytes() + self.v.nbytes()
 
 
+def _over(
+    q: Tensor, keys: Tensor, values: Tensor, ranges: tuple[Range, ...], *, held: list[int], frames: Frames
+) -> Attended:
+    """Attention over slots of (B, F, T, H, D) buffers in which frame `held[slot]` lies, the past biased."""
+    plain, past = (ranges, ()) if frames.past_bias == 0.0 else split_past(ranges, held, frames.start)
+    parts = [
+        attend(q, keys[:, a:b].flatten(1, 2), values[:, a:b].flatten(1, 2), backend=frames.backend)
+        for a, b in (*plain, *past)
+    ]
+    for index in range(len(plain), len(parts)):  # a bias of scores is one of their log-sum-exp
+        parts[index] = Attended(parts[index].out, parts[index].lse + frames.past_bias)
+    return reduce(merge, parts)
+
+
 class KVCache:
     """All layers' caches of one stream. The model asks `layer(i)` for its attention; the stream drives the rest.
 
     `observer(layer, local, full)` listens on F-layers: (B, S, H, D) outputs of attention over local and over all keys.
     `committing` marks the clean pass, the only writer of history. Shapes other than the spec's own latent size are
     given by `grid` (rows, columns of tokens). `kv_dtype`: `auto` holds frames in `dtype`, `int8` and `fp8` in 8 bits.
+    `past_bias` in (0, 1] weighs the keys between the first frame and the current chunk against the others
+    (daydreamlive/scope's KV attention bias); 1: as they are.
     """
 
     def __init__(
@@ -236,12 +270,18 @@ class KVCache:
         grid: tuple[int, int] | None = None,
         backend: str = "auto",
         kv_dtype: str = "auto",
+        past_bias: float = 1.0,
     ):
+        if not 0 < past_bias <= 1:
+            raise InputError(f"KV bias {past_bias}: expected a number above 0 and at most 1, which is off")
+        self.past_bias = math.log(past_bias)
         rows, columns = grid or spec.grid
         self.spec, self.recent, self.local_sink, self.backend = spec, recent, local_sink, backend
+        self.batch = batch
         self.observer: Observer | None = None
         self.committing = self.recaching = False
         self.start, self.count = 0, 0
+        self._context: tuple[int, ...] = ()
         self.device, self.frame_tokens = torch.device(device), rows * columns
         self._layout = Layout(batch, rows * columns, spec.heads, spec.head_dim, dtype, self.device)
         self.kv_dtype, self._coders = kv_dtype, coders(kv_dtype, self.device)
@@ -289,6 +329,17 @@ class KVCache:
             yield
         finally:
             self.recaching = False
+
+    @contextmanager
+    def encoding(self, frames: Sequence[int]) -> Iterator[None]:
+        """For one pass: compute the past `frames` of the current chunk anew, each chunk of them seeing itself and the
+        ones before. All layers attend to all of it, their keys being there anyway; each keeps what it would keep."""
+        turn, self._context = self._turn, tuple(frames)
+        self._turn = self._rope.frames([self.position(frame) for frame in frames])
+        try:
+            yield
+        finally:
+            self._turn, self._context = turn, ()
 
     def _turn_to(self, start: int, count: int) -> None:
         """Queries are those of frames [start, start + count): fix their rotations."""
@@ -339,18 +390,39 @@ class KVCache:
 
     def store(self, index: int, k: Tensor, v: Tensor) -> None:
         """What a clean pass leaves in one layer, k and v (B, S, H, D) before rotation, without attending."""
-        self._layers[index].store(k, v, self)
+        if self._context:
+            self._refill(index, self.stored(k), v)
+        else:
+            self._layers[index].store(k, v, self)
 
     def storing_layers(self) -> int | None:
         """How many leading layers hold every layer in which a clean pass leaves something; None: it must run whole."""
         if self.observer is not None:
             return None
-        return max((index + 1 for index, layer in enumerate(self._layers) if layer.stores), default=0)
+        kept = [layer.keeps if self._context else layer.stores for layer in self._layers]
+        return max((index + 1 for index, keeps in enumerate(kept) if keeps), default=0)
 
     def _attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with region("overhead.rope"):
             q = rotate(q, self._turn)
+        if self._context:
+            return self._encode(index, q, k, v)
         return self._layers[index].attend(index, q, k, v, self)
+
+    def _encode(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The context pass in one layer: q is rotated, k is not."""
+        k, chunk = self.stored(k), self.spec.chunk_frames * self.frame_tokens
+        parts = [
+            attend(q[:, end - chunk : end], k[:, :end], v[:, :end], backend=self.backend).out
+            for end in range(chunk, q.shape[1] + 1, chunk)
+        ]
+        self._refill(index, k, v)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _refill(self, index: int, k: Tensor, v: Tensor) -> None:
+        """Keys as stored and values (B, S, H, D) of the context pass."""
+        with region("attention.cache"):
+            self._layers[index].refill(self._context, self.by_frame(k), self.by_frame(v))
 
     # -- asked by the layer caches
 
@@ -360,14 +432,14 @@ class KVCache:
 
     def stored(self, k: Tensor) -> Tensor:
         """The current chunk's keys in the form the cache stores."""
-        if self.spec.rope == "window":
+        if self.spec.rotates_on_read:
             return k
         with region("overhead.rope"):
             return rotate(k, self._turn)
 
     def seen(self, k: Tensor, frames: list[int]) -> Tensor:
         """Stored keys (B, F, T, H, D) of `frames` in the form a query sees; rotated ones lie in the scratch `k`."""
-        if self.spec.rope == "absolute":
+        if not self.spec.rotates_on_read:
             return k
         with region("overhead.rope"):
             positions = tuple(self.position(frame) for frame in frames)
@@ -403,6 +475,10 @@ class KVCache:
     def persistent_bytes(self) -> int:
         """Bytes allocated for keys and values kept between chunks, over all layers."""
         return sum(layer.nbytes() for layer in self._layers)
+
+    def layer_bytes(self, layer: int) -> int:
+        """Bytes allocated for the keys and values that one layer keeps between chunks."""
+        return self._layers[layer].nbytes()
 
     def wide_sink_bytes(self) -> int:
         """Bytes of float32 copies of averaging sinks, on top of `persistent_bytes`."""

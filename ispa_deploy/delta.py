@@ -13,8 +13,10 @@ A delta is instance-specific and temporary: it belongs to one stream. So a targe
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -43,6 +45,8 @@ class DeltaTarget(Protocol):
 
     delta: Delta | None
     delta_mode: str | None
+    DELTA_STATE: ClassVar[tuple[str, ...]]
+    """Attributes that hold the delta and what was prepared for it; None each where there is none."""
 
     def reference_weight(self) -> Tensor:
         """(O, I) float32: the weight this layer multiplies by while it carries no delta."""
@@ -55,3 +59,16 @@ class DeltaTarget(Protocol):
     def delta_nbytes(self) -> int:
         """Bytes held on top of the plain layer because of the delta."""
         ...
+
+
+@contextmanager
+def resting(targets: Sequence[DeltaTarget]) -> Iterator[None]:
+    """Run `targets` as if they carried no delta; what was prepared for it stays, so that resting costs nothing."""
+    held = [(target, name, getattr(target, name)) for target in targets for name in target.DELTA_STATE]
+    for target, name, _ in held:
+        setattr(target, name, None)
+    try:
+        yield
+    finally:
+        for target, name, value in held:
+            setattr(target, name, value)

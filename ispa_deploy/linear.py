@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from ispa_deploy.regions import region
 
 class Linear(nn.Linear):
     """`nn.Linear` with the delta seam. `auto` means `fold`: one product, no extra time, W kept aside for restoring."""
+
+    DELTA_STATE: ClassVar[tuple[str, ...]] = ("delta", "delta_mode", "_folded_weight", "_folded_bias")
 
     delta: Delta | None = None
     delta_mode: str | None = None

@@ -15,6 +15,7 @@ from ispa_deploy.absorb.absorber import Absorber, Choice
 from ispa_deploy.absorb.presets import Settings, settings_for
 from ispa_deploy.absorb.solve import Ridge
 from ispa_deploy.cache import KVCache
+from ispa_deploy.context import Encoder
 from ispa_deploy.errors import InputError, known_names
 from ispa_deploy.policies import POLICIES, Policy
 from ispa_deploy.sampler import Sampler
@@ -83,6 +84,7 @@ def open_stream(
     deltas: dict[int, Delta] | None = None,
     switches: list[tuple[int, Tensor]] | None = None,
     initial: Tensor | None = None,
+    encoder: Encoder | None = None,
 ) -> Stream:
     """A stream of `options.frames` frames for text rows (1, L, text_dim).
 
@@ -112,11 +114,8 @@ def open_stream(
     )
     if deltas is not None:
         absorber.adopt(deltas)
-    with torch.inference_mode():
-        text = model.encode_text(text_rows)
-        later = [(frame, model.encode_text(rows)) for frame, rows in switches or []]
     noise = default_noise(model.spec, options.seed, batch=len(text_rows), device=model.device)
     return Stream(
-        model, cache, absorber, text, options.frames, noise, Sampler.of(model.spec), decoder, later, initial,
-        full_commit=options.full_commit,
+        model, cache, absorber, text_rows, options.frames, noise, Sampler.of(spec), decoder, switches or [], initial,
+        full_commit=options.full_commit, encoder=encoder,
     )  # fmt: skip

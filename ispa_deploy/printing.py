@@ -8,15 +8,20 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ispa_deploy.budget import Setup, predict
 from ispa_deploy.media.output import output_path, write_text
 
 if TYPE_CHECKING:
     from ispa_deploy.run import Progress
+    from ispa_deploy.specs import ModelSpec
+
+# What `models` predicts bytes for.
+SETUPS = {"full": Setup(scheme="none", policy="full"), "ispa-0.5+w8a8": Setup()}
 
 
 def say(line: str) -> None:
@@ -52,6 +57,36 @@ def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, err
     for row in rows:
         table.add_row(*row)
     Console(stderr=err).print(table)
+
+
+def describe_models(specs: Iterable[ModelSpec]) -> list[dict[str, Any]]:
+    """Every spec with its predicted bytes, as plain JSON types."""
+    return [
+        {**spec.to_dict(), "bytes": {name: predict(spec, setup).to_dict() for name, setup in SETUPS.items()}}
+        for spec in specs
+    ]
+
+
+def print_models(specs: Iterable[ModelSpec]) -> None:
+    """Geometry, window / sink / chunk and predicted bytes as a table; below it sources and licences."""
+    head = ("model", "layers", "tokens", "window", "weights", "KV")
+    rows, notes = [], []
+    for spec in specs:
+        full, ours = (predict(spec, setup) for setup in SETUPS.values())
+        rows.append(
+            (
+                spec.name,
+                f"{spec.layers} x {spec.dim}",
+                str(spec.frame_tokens),
+                f"{spec.window_frames} / {spec.sink_frames} / {spec.chunk_frames}",
+                f"{full.weights / 1e9:.2f} / {ours.weights / 1e9:.2f}",
+                f"{full.kv / 1e9:.2f} / {ours.kv / 1e9:.2f}",
+            )
+        )
+        notes.append(f"{spec.name}: {spec.source} ({spec.licence})")
+    print_table(head, rows)
+    print("tokens per frame; GB in bfloat16 with the full cache / in W8A8 with half of the layers local")
+    print("\n".join(notes))
 
 
 def print_mapping(document: dict[str, Any]) -> None:

@@ -29,18 +29,27 @@ def sigma_table(shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+def even_steps(count: int, strength: float = 1.0) -> tuple[int, ...]:
+    """`count` steps from 1000 * `strength` down to 0, as Krea's server spaces them: float32, cut to integers."""
+    return tuple(torch.linspace(strength * LEVELS, 0, count, dtype=torch.float32).long().tolist())
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """Timesteps of a chunk's denoising passes, float32 values, and their noise levels."""
+    """Timesteps of a chunk's denoising passes, float32 values, and their noise levels: what the model's velocity is
+    taken at, and, where upstream mixes fresh noise in by another table, that one's."""
 
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
+    mixed: tuple[float, ...] | None = None
 
     @staticmethod
     def few_step(steps: tuple[int, ...], shift: float) -> Schedule:
-        """Distilled steps such as (1000, 750, 500, 250)."""
-        sigmas = sigma_table(shift)[[LEVELS - step for step in steps]]
-        return Schedule(tuple((sigmas * LEVELS).tolist()), tuple(sigmas.tolist()))
+        """Distilled steps such as (1000, 750, 500, 250). Step 0 is timestep 0 at the table's last, smallest level."""
+        table = sigma_table(shift)
+        sigmas = table[[min(LEVELS - step, LEVELS - 1) for step in steps]]
+        times = torch.where(torch.tensor(steps) > 0, sigmas * LEVELS, 0.0)
+        return Schedule(tuple(times.tolist()), tuple(sigmas.tolist()))
 
     @staticmethod
     def even(count: int, shift: float) -> Schedule:
@@ -53,14 +62,13 @@ class Schedule:
 def denoise_by_renoising(velocity: Velocity, noise: Noise, schedule: Schedule) -> Tensor:
     """x0 of a chunk: at each level predict x0 in float64, then mix in fresh noise of the next level."""
     x = noise(0)
-    levels = list(zip(schedule.timesteps, schedule.sigmas, strict=True))
-    for index, (timestep, sigma) in enumerate(levels):
+    mixed = schedule.mixed or schedule.sigmas
+    for index, (timestep, sigma) in enumerate(zip(schedule.timesteps, schedule.sigmas, strict=True)):
         flow = velocity(x, timestep)
         with region("overhead.sampler"):
             x0 = (x.double() - sigma * flow.double()).to(x.dtype)
-            if index + 1 < len(levels):
-                next_sigma = levels[index + 1][1]
-                x = (1 - next_sigma) * x0 + next_sigma * noise(index + 1)
+            if index + 1 < len(mixed):
+                x = (1 - mixed[index + 1]) * x0 + mixed[index + 1] * noise(index + 1)
     return x0
 
 

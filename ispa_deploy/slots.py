@@ -12,7 +12,7 @@ between r/c + 1 bays, so in a full window a chunk is copied once in its life: wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ispa_deploy.errors import InputError
@@ -29,6 +29,15 @@ def coalesce(slots: Iterable[int]) -> tuple[Range, ...]:
         else:
             runs.append([slot, slot + 1])
     return tuple((start, stop) for start, stop in runs)
+
+
+def split_past(
+    ranges: Iterable[Range], frames: Sequence[int], start: int
+) -> tuple[tuple[Range, ...], tuple[Range, ...]]:
+    """Slots of `ranges` as those of frame 0 and of frames from `start` on, and those of the past between them."""
+    slots = [slot for first, last in ranges for slot in range(first, last)]
+    past = {slot for slot in slots if 0 < frames[slot] < start}
+    return coalesce(slot for slot in slots if slot not in past), coalesce(past)
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,16 @@ class WindowSlots:
             self.frames[slot] = frame
         again = [slot for slot in self.temporal() if self.frames[slot] >= (start if start == 0 else self.sink)]
         return tuple((self.frames[s] - start, s) for s in again if start <= self.frames[s] < start + count)
+
+    def admit(self, frames: Iterable[int]) -> tuple[int, ...]:
+        """Slots of `frames`, one each; frames not held enter free slots, of which there must be enough."""
+        free = iter([slot for slot, frame in enumerate(self.frames) if frame < 0])
+        found = []
+        for frame in frames:
+            slot = self.frames.index(frame) if frame in self.frames else next(free)
+            self.frames[slot] = frame
+            found.append(slot)
+        return tuple(found)
 
     def resume(self, frames: list[int]) -> None:
         """Take over an L-layer's frames (ascending), which lie in the first slots; the next chunk goes behind them."""

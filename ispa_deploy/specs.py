@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ispa_deploy.errors import InputError, known_names
 
 Rope = Literal["absolute", "window"]
+MAX_CONTEXT = 21  # frames that the 14B model was trained to look back over
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +25,9 @@ class ModelSpec:
     `ema_wide`: a 16-bit cache keeps that sink in float32 as well; off: rounded after every chunk, as upstream.
     `rolls`: whether the window evicts; without it a stream ends when the window is full (Self-Forcing).
     `recaches`: a prompt switch computes the window's keys and values anew under the new prompt (LongLive).
+    `reencodes`: every chunk's past is computed anew from clean latents before it, so there is no clean pass and keys
+    are stored rotated, at their slot in the window; the context is `window_frames` - `chunk_frames` frames (Krea).
+    `interpolate`: chunks over which a prompt turns into the next, the first of them still the old one; 0: at once.
     `temporal_stride`: pixel frames for each latent frame after the first, which is one.
     `first_steps`: Euler steps of the first chunk for a model that was not distilled to few steps; None: as any chunk.
     """
@@ -51,6 +55,8 @@ class ModelSpec:
     ema_wide: bool = True
     rolls: bool = True
     recaches: bool = False
+    reencodes: bool = False
+    interpolate: int = 0
     max_frames: int = 1024
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     first_steps: int | None = None
@@ -75,6 +81,28 @@ class ModelSpec:
                 f"model '{self.name}': window {self.window_frames} is shorter than sink {self.sink_frames} + chunk "
                 f"{self.chunk_frames}"
             )
+
+        if self.reencodes and not (self.context_frames <= MAX_CONTEXT and self.context_frames % self.chunk_frames == 0):
+            raise InputError(
+                f"model '{self.name}': a context of {self.context_frames} frames: expected whole chunks, "
+                f"{self.chunk_frames} to {MAX_CONTEXT // self.chunk_frames * self.chunk_frames} frames in steps of "
+                f"{self.chunk_frames}"
+            )
+
+    @property
+    def context_frames(self) -> int:
+        """Frames of the window before the current chunk (Krea's K)."""
+        return self.window_frames - self.chunk_frames
+
+    @property
+    def rotates_on_read(self) -> bool:
+        """Whether keys are cached before rotation: their positions change while they stay."""
+        return self.rope == "window" and not self.reencodes
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a chunk whose rows are watched: denoising, and the clean pass where there is one."""
+        return len(self.steps) + (0 if self.reencodes else 1)
 
     @property
     def head_dim(self) -> int:
@@ -139,9 +167,10 @@ _TABLE = (
         licence="code Apache-2.0; weights: licence not stated where we looked",
     ),
     ModelSpec(
-        name="krea-14b", **_LARGE, window_frames=6, sink_frames=0,  # type: ignore[arg-type]
+        name="krea-14b", **_LARGE, window_frames=6, sink_frames=1, rope="window", reencodes=True, interpolate=4,  # type: ignore[arg-type]
+        steps=(1000, 750, 500, 250, 0),
         source="krea/krea-realtime-video: krea-realtime-video-14b.safetensors",
-        licence="see the model card",
+        licence="code CC-BY-NC-SA-4.0; weights: see the model card",
     ),
     # The embedded model: no word of it but its size differs from the ones above (ispa_deploy/demo/MODEL_CARD.md).
     ModelSpec(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ispa_deploy.absorb.absorber import Absorber
 from ispa_deploy.cache import KVCache
+from ispa_deploy.context import Context, Encoder
 from ispa_deploy.errors import InputError
 from ispa_deploy.model import CausalWanDiT, Conditioning, TextKV
 from ispa_deploy.regions import region
@@ -55,59 +56,80 @@ def plan_chunks(spec: ModelSpec, frames: int) -> list[tuple[int, int]]:
 class Stream:
     """One video being generated. Iterate once; the absorber's session spans the iteration.
 
-    `text` is prepared text of the first prompt; `switches` pairs a frame with the text that holds from the next chunk
-    border on. `initial` (B, F, C, H, W) latents are committed before generation starts. `commit_last` also runs the
-    clean pass of the last chunk, which only statistics read unless the stream is continued. `full_commit` runs clean
-    passes to their end, as upstream; else they stop at the last layer that keeps keys of them.
+    `rows` (B, L, text_dim) are the first prompt's; `switches` pairs a frame with the rows that hold from the next chunk
+    border on; a model that interpolates goes there chunk by chunk. `initial` (B, F, C, H, W) latents are committed
+    before generation starts. `commit_last` also runs the clean pass of the last chunk, which only statistics read
+    unless the stream is continued. `full_commit` runs clean passes to their end, as upstream; else they stop at the
+    last layer that keeps keys of them. `encoder` is the decoder's inverse: a model that re-encodes its past makes the
+    first frame of its context with it.
     """
 
     model: CausalWanDiT
     cache: KVCache
     absorber: Absorber
-    text: TextKV
+    rows: Tensor
     frames: int
     noise: NoiseSource
     sampler: Sampler
     decoder: Decoder | None = None
-    switches: Sequence[tuple[int, TextKV]] = ()
+    switches: Sequence[tuple[int, Tensor]] = ()
     initial: Tensor | None = None
     commit_last: bool = False
     full_commit: bool = False
+    encoder: Encoder | None = None
 
     def __post_init__(self) -> None:
-        self.chunks = plan_chunks(self.model.spec, self.frames)
+        self.chunks = plan_chunks(self.spec, self.frames)
+        self.context = Context(self.spec, self.encoder) if self.spec.reencodes else None
         self._conditions: dict[float, Conditioning] = {}
         self._recalibrate = False
         self._begun = False
         self._past = torch.empty(0)
+        self._coming: list[Tensor] = []
+        self.text = self._encoded(self.rows)
         self.switches = sorted(self.switches, key=lambda switch: switch[0])
         given = 0 if self.initial is None else self.initial.shape[1]
         if given not in {0, *(start + count for start, count in self.chunks)}:
             raise InputError(f"{given} initial frames: expected whole chunks within the stream of {self.frames} frames")
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's, with what this stream changes of it."""
+        return self.cache.spec
 
     def __iter__(self) -> Iterator[Chunk]:
         assert not self._begun, "a stream is iterated once: open another one"
         self._begun = True
         with self.absorber.session():
             for index, (start, count) in enumerate(self.chunks):
+                text_before = self.text
                 self._follow_prompt(start)
                 self.cache.begin(start, count)
+                self._encode_context(start, text_before)
                 self.absorber.before_chunk(start, count)
                 latents = self._latents(index, start, count)
                 self._remember(latents)
-                if self.commit_last or index + 1 < len(self.chunks) or self.cache.observer is not None:
+                last = index + 1 == len(self.chunks)
+                if self.context is None and (self.commit_last or not last or self.cache.observer is not None):
                     self._commit(latents, start)
                 self.absorber.after_chunk(start + count)
-                yield Chunk(index, start, latents, self._decode(latents))
+                pixels = self._decode(latents)
+                if self.context is not None:
+                    self.context.remember(latents, pixels)
+                yield Chunk(index, start, latents, pixels)
 
     def request_recalibration(self) -> None:
         """From the next chunk on: full attention, corrections off, a new warm-up."""
         self._recalibrate = True
 
-    def switch_prompt(self, text: TextKV) -> None:
-        """From the next chunk on: another prompt, and a new warm-up, since the old correction would mislead."""
-        self.text = text
-        self._recalibrate = True
+    def switch_prompt(self, rows: Tensor) -> None:
+        """From the next chunk on: another prompt (B, L, text_dim), and a new warm-up, since the old correction would
+        mislead. A model that interpolates gets there in `spec.interpolate` chunks, the first still under the old
+        prompt, as upstream; every change begins the warm-up anew."""
+        steps, rows = self.spec.interpolate, rows.to(self.rows)
+        self._coming = [torch.lerp(self.rows, rows, step / (steps - 1)) for step in range(1, steps)] or [rows]
+        if steps > 1:
+            self._coming.insert(0, self.rows)
 
     @torch.inference_mode()
     def _latents(self, index: int, start: int, count: int) -> Tensor:
@@ -125,15 +147,19 @@ class Stream:
         given = self.initial is not None and start < self.initial.shape[1]
         self.cache.committing = True
         try:
-            self._store(latents, 0.0 if given else self.model.spec.context_timestep)
+            self._store(latents, 0.0 if given else self.spec.context_timestep, self.text)
         finally:
             self.cache.committing = False
 
-    def _store(self, latents: Tensor, timestep: float) -> None:
+    def _store(self, latents: Tensor, timestep: float, text: TextKV) -> None:
         """A pass whose velocity nobody reads: as far as layers keep something of it."""
         stores = None if self.full_commit else self.cache.storing_layers()
         if stores != 0:
-            self.model(latents, self._condition(timestep), self.text, self.cache, stores)
+            self.model(latents, self._condition(timestep), text, self.cache, stores)
+
+    @torch.inference_mode()
+    def _encoded(self, rows: Tensor) -> TextKV:
+        return self.model.encode_text(rows)
 
     def _condition(self, timestep: float) -> Conditioning:
         """Time embedding and modulation, computed once for each of the fixed timesteps."""
@@ -144,18 +170,30 @@ class Stream:
         return self._conditions[timestep]
 
     def _follow_prompt(self, start: int) -> None:
-        due = [text for frame, text in self.switches if frame <= start]
+        due = [rows for frame, rows in self.switches if frame <= start]
         if due:
-            self.switches = [(frame, text) for frame, text in self.switches if frame > start]
+            self.switches = [(frame, rows) for frame, rows in self.switches if frame > start]
             self.switch_prompt(due[-1])
+        if self._coming and (rows := self._coming.pop(0)) is not self.rows:
+            self.rows, self.text = rows, self._encoded(rows)
+            self._recalibrate = True
         if self._recalibrate:
             self._recalibrate = False
             self.absorber.recalibrate(start)
             self._recache(start)
 
+    @torch.inference_mode()
+    def _encode_context(self, start: int, text: TextKV) -> None:
+        """The context pass: the past's keys and values made anew, under the text that was shown when it was made."""
+        frames = self.context.frames(start) if self.context is not None else ()
+        if self.context is None or not frames:
+            return
+        with self.cache.encoding(frames), self.absorber.resting():
+            self._store(self.context.latents(start), self.spec.context_timestep, text)
+
     def _remember(self, latents: Tensor) -> None:
         """Keep the window's clean latents, for a model whose past is computed anew when the prompt changes."""
-        if self.model.spec.recaches:
+        if self.spec.recaches:
             past = torch.cat([self._past, latents], 1) if self._past.numel() else latents
             self._past = past[:, -self.cache.spec.window_frames :]
 
@@ -165,7 +203,7 @@ class Stream:
         if not self._past.numel():
             return
         with self.cache.again(start - self._past.shape[1], self._past.shape[1]):
-            self._store(self._past, self.model.spec.context_timestep)
+            self._store(self._past, self.spec.context_timestep, self.text)
 
     @torch.inference_mode()
     def _decode(self, latents: Tensor) -> Tensor | None:

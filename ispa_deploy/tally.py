@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ispa_deploy.errors import InputError
 from ispa_deploy.media.output import output_path
+from ispa_deploy.memory import held_bytes, predicted
 from ispa_deploy.stream import Chunk, Stream
 
 
@@ -62,7 +63,7 @@ class Tally:
     latents: list[Tensor] = field(default_factory=list)
     pixels: list[Tensor] = field(default_factory=list)
     delta_modes: list[str] = field(default_factory=list)
-    statistics_bytes: int = 0
+    held: dict[str, int] = field(default_factory=dict)
     frames: int = 0
 
 
@@ -71,7 +72,7 @@ def keep(tally: Tally, chunk: Chunk, stream: Stream, outputs: Outputs) -> None:
     tally.frames += chunk.frames
     tally.kv_bytes.append(stream.cache.persistent_bytes())
     tally.delta_modes = sorted({target.delta_mode for target in stream.absorber.targets if target.delta_mode})
-    tally.statistics_bytes = max(tally.statistics_bytes, stream.absorber.statistics_bytes())
+    tally.held = {name: max(count, tally.held.get(name, 0)) for name, count in held_bytes(stream).items()}
     if outputs.latents:
         tally.latents.append(chunk.latents.cpu())
     if outputs.sheet and chunk.pixels is not None:
@@ -123,7 +124,8 @@ def report_of(stream: Stream, tally: Tally, wall: float, decoding: float, output
         },
         "delta_modes": tally.delta_modes,
         "delta_bytes": sum(delta.nbytes for delta in absorber.deltas.values()),
-        "statistics_bytes": tally.statistics_bytes,
+        "statistics_bytes": tally.held.get("statistics", 0),
+        "memory": {"allocated": tally.held, "predicted": predicted(stream).to_dict()},
         "absorption": absorber.report(),
         "outputs": {
             name: str(path) for name in ("video", "sheet", "latents") if (path := getattr(outputs, name)) is not None

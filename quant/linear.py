@@ -44,6 +44,8 @@ class QuantisedLinear(nn.Module):
     bias: Tensor | None
     pre_quant_scale: Tensor | None
 
+    DELTA_STATE: ClassVar[tuple[str, ...]] = ("delta", "delta_mode", "_requantised", "_folded", "_moved_bias")
+
     delta: Delta | None = None
     delta_mode: str | None = None
     _resident: Resident | None = None

@@ -25,6 +25,8 @@ CHUNKS = {
     "self_forcing_i2v_tiny": 4,
 }
 
+KREA = "krea_tiny"
+
 
 def trim(fields: dict[str, Any], tensors: dict[str, Tensor], chunks: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Description and tensors of the first `chunks` chunks."""
@@ -49,13 +51,31 @@ def trim(fields: dict[str, Any], tensors: dict[str, Tensor], chunks: int) -> tup
     return {**about, "calls": calls}, {name: t.contiguous() for name, t in sorted(kept.items())}
 
 
+def trim_krea(fields: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The server's loop past its first sliding context and prompt switch, and a context of two chunks on its own."""
+    calls = [call for call in fields["calls"] if call["scenario"] == "server_k3" and call["block"] < 4]
+    chunk = len(tensors["server_k3/timestep_list"]) - 1
+    kept = {name: t for name, t in tensors.items() if name.startswith(("weights/", "server_k3/prompt/"))}
+    kept["server_k3/initial_noise"] = tensors["server_k3/initial_noise"][:, :12]
+    names = ["timestep_list", "block3/latents", "reencoded_first_frame/block2", "reencoded_first_frame/block3"]
+    names += [f"draw/{number:03d}" for number in range(1, 1 + 4 * chunk)]
+    kept |= {name: tensors[name] for name in (f"server_k3/{name}" for name in names)}
+    pair = [call for call in fields["calls"] if call["scenario"] == "server_k6_keep" and call["call"] in (9, 10)]
+    names = ["timestep_list", "prompt/0"]
+    names += [f"call{call['call']:03d}/{which}" for call in pair for which in ("x", "timestep", "flow_pred")]
+    kept |= {name: tensors[name] for name in (f"server_k6_keep/{name}" for name in names)}
+    scenarios = [scenario for scenario in fields["scenarios"] if scenario["name"] in ("server_k3", "server_k6_keep")]
+    about = {key: fields[key] for key in ("what", "upstream", "torch", "model_config", "latent_hw")}
+    tidy = {name: t.contiguous() for name, t in sorted(kept.items())}
+    return {**about, "scenarios": scenarios, "calls": calls + pair}, tidy
+
+
 def main() -> None:
     source = Path(os.environ["ISPA_PARITY_DIR"])
     DATA.mkdir(exist_ok=True)
-    for name, chunks in CHUNKS.items():
-        fields, tensors = trim(
-            json.loads((source / f"{name}.json").read_text()), load_file(source / f"{name}.safetensors"), chunks
-        )
+    for name in (*CHUNKS, KREA):
+        recorded = json.loads((source / f"{name}.json").read_text()), load_file(source / f"{name}.safetensors")
+        fields, tensors = trim_krea(*recorded) if name == KREA else trim(*recorded, CHUNKS[name])
         (DATA / f"{name}.safetensors").write_bytes(save(tensors))
         (DATA / f"{name}.json").write_text(json.dumps(fields, sort_keys=True) + "\n")
 

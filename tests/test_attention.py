@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from functools import reduce
 
 import pytest
 import torch
 from torch import Tensor
 
-from ispa_deploy.attention import Attended, attend, backends, merge, works
+from ispa_deploy.attention import Attended, attend, backends, choose, merge, works
 from ispa_deploy.errors import InputError
 from tests.reference import attention
 
@@ -24,9 +27,14 @@ def _inputs(
     return (q * scale).to(dtype), k.to(dtype), v.to(dtype)
 
 
-def _split(q: Tensor, k: Tensor, v: Tensor, cuts: tuple[int, ...]) -> list[Attended]:
+def _split(q: Tensor, k: Tensor, v: Tensor, cuts: tuple[int, ...], backend: str = "auto") -> list[Attended]:
     borders = (0, *cuts, k.shape[1])
-    return [attend(q, k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(borders)]
+    return [attend(q, k[:, a:b], v[:, a:b], backend=backend) for a, b in itertools.pairwise(borders)]
+
+
+def _need(name: str, dtype: torch.dtype = torch.bfloat16, width: int = 32) -> None:
+    if not works(name, CPU, dtype, width):
+        pytest.skip(f"{name} does not run here")
 
 
 def _error(got: Attended, want: tuple[Tensor, Tensor]) -> tuple[float, float]:
@@ -45,15 +53,25 @@ def test_any_split_merges_to_the_whole_in_any_order(cuts: tuple[int, ...]) -> No
         assert max(_error(reduce(merge, order), want)) <= 1e-12
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("cpu-flash", torch.float32),
+        ("cpu-flash", torch.bfloat16),
+        ("cpu-native", torch.bfloat16),
+        ("cpu-blocked", torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("cuts", CUTS[1:], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_merging_costs_at_most_as_much_accuracy_as_the_kernel(
-    dtype: torch.dtype, cuts: tuple[int, ...], scale: float
+    backend: str, dtype: torch.dtype, cuts: tuple[int, ...], scale: float
 ) -> None:
+    _need(backend, dtype)
     q, k, v = _inputs(dtype, scale=scale)
     want = attention(q, k, v)
-    single, joined = _error(attend(q, k, v), want), _error(reduce(merge, _split(q, k, v, cuts)), want)
+    single = _error(attend(q, k, v, backend=backend), want)
+    joined = _error(reduce(merge, _split(q, k, v, cuts, backend)), want)
     assert joined[0] <= 2 * single[0]
     assert joined[1] <= 2 * single[1] + 1e-5
 
@@ -106,11 +124,69 @@ def test_dtypes_of_the_result() -> None:
 @pytest.mark.parametrize("name", backends())
 def test_every_backend_that_works_here_is_right(name: str) -> None:
     if not works(name, CPU, torch.float32, 32):
+        if works(name, CPU, torch.bfloat16, 32):
+            return  # tested below in the dtype it is for
         with pytest.raises(InputError, match=name):
             attend(*_inputs(torch.float32), backend=name)
         return
     q, k, v = _inputs(torch.float32)
     assert max(_error(attend(q, k, v, backend=name), attention(q, k, v))) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["cpu-native", "cpu-blocked"])
+@pytest.mark.parametrize(("queries", "keys", "width"), [(1, 1, 32), (77, 75, 64), (80, 1030, 96), (200, 513, 128)])
+@pytest.mark.parametrize("scale", [1.0, 6.0])
+def test_the_fast_kernels_are_as_accurate_as_flash(
+    name: str, queries: int, keys: int, width: int, scale: float
+) -> None:
+    """Two items, three heads, of views with gaps between rows. ATen's own bfloat16 error is the measure."""
+    _need(name, width=width)
+    wide = torch.randn(2, max(queries, keys), 9, width).bfloat16()
+    q, k, v = wide[:, :queries, :3] * scale, wide[:, :keys, 3:6], wide[:, :keys, 6:]
+    want = attention(q.double(), k.double(), v.double())
+    ours, flash = (_error(attend(q, k, v, backend=backend), want) for backend in (name, "cpu-flash"))
+    assert ours[0] <= (1.5 if name == "cpu-native" else 2.0) * flash[0] + 1e-4
+    assert ours[1] <= 2 * flash[1] + 1e-5
+
+
+@pytest.mark.parametrize("name", ["cpu-native", "cpu-blocked"])
+def test_the_fast_kernels_take_any_logits_and_hide_no_nan(name: str) -> None:
+    _need(name)
+    q, k, v = _inputs(torch.bfloat16, keys=700, scale=300.0)
+    out, lse = attention(q.double(), k.double(), v.double())
+    got = attend(q, k, v, backend=name)
+    torch.testing.assert_close(got.lse.double(), lse, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(got.out.double(), out, rtol=2e-2, atol=2e-2)
+    # Weights that rise along the keys by thousands of powers of two: the reference must follow.
+    k = k * torch.linspace(0, 1, 700)[:, None, None].bfloat16() ** 4
+    got, (out, lse) = attend(q, k, v, backend=name), attention(q.double(), k.double(), v.double())
+    torch.testing.assert_close(got.lse.double(), lse, rtol=1e-5, atol=1e-4)
+    k[0, 650, 1, 3] = float("nan")
+    got = attend(q, k, v, backend=name)
+    assert got.out[0, :, 1].isnan().all()
+    assert got.out[1].isfinite().all()
+    assert got.out[0, :, 0].isfinite().all()
+
+
+def test_the_choice_on_a_cpu_is_measured_and_stays() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        name = choose(CPU, dtype, 32, 200, 600)
+        assert name == choose(CPU, dtype, 32, 200, 600)
+        assert works(name, CPU, dtype, 32)
+    assert choose(CPU, torch.float32, 32, 200, 600) == "cpu-flash"
+
+
+def test_without_a_compiler_or_switched_off_there_is_no_native_kernel() -> None:
+    code = (
+        "import torch; from ispa_deploy import native; from ispa_deploy.attention import works\n"
+        "assert not works('cpu-native', torch.device('cpu'), torch.bfloat16, 64); print(native.refusal())"
+    )
+    for change, words in ({"ISPA_NATIVE": "0"}, "switched off"), ({"CC": "no-such-compiler"}, "C"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **change}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert words in done.stdout
 
 
 def test_the_cpu_has_a_fast_kernel_and_the_reference() -> None:

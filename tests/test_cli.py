@@ -274,7 +274,9 @@ def test_another_process_gives_the_same_latents_and_another_seed_others(tiny: Pa
 
 def test_models_and_version() -> None:
     assert command("--version").out == f"ispa-deploy {__version__}\n"
-    assert [row["name"] for row in command("models", "--json").document] == list(SPECS)
+    rows = command("models", "--json").document
+    assert [row["name"] for row in rows] == list(SPECS)
+    assert [rows[0]["bytes"][name]["weights"] // 10**6 for name in ("full", "ispa-0.5+w8a8")] == [2837, 1450]
     listed = command("models").out
     assert all(name in listed for name in SPECS)
     assert "quantize" in command().out, "no arguments: the help"

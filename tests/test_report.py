@@ -26,10 +26,10 @@ from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.csv import csv
 from ispa_deploy.profile.diff import METRICS, difference, load, threshold
 from ispa_deploy.profile.html import html
-from ispa_deploy.profile.lane import open_lane, take_turn
+from ispa_deploy.profile.lane import open_lane, record_layers, take_turn
 from ispa_deploy.profile.paper import PAPER
 from ispa_deploy.profile.recorder import CLOCKS, CpuRecorder
-from ispa_deploy.profile.report import report_of
+from ispa_deploy.profile.report import Bench, report_of
 from ispa_deploy.profile.trace import NAMES, TRACKS, decode, encode, trace
 from ispa_deploy.regions import FAMILIES, ROWS, recording, region
 from quant.audit import audit
@@ -128,13 +128,14 @@ def test_nothing_is_reproduced_by_numbers_that_the_report_warns_of(
     """Lanes that really ran, with times of our own in the place of the measured ones."""
     lanes = []
     for configuration in configurations():
-        lane = open_lane(configuration, 3, CLOCKS["wall"])
+        lane = open_lane(configuration, 4, CLOCKS["wall"])
         take_turn(lane, 1, recorded_first=False, decoder=None, clock=CLOCKS["wall"])
+        record_layers(lane, CLOCKS["wall"])
         lanes.append(lane)
     full, ispa = lanes
     full.recorded, full.plain = [chunk(60.0, 30.0, 10.0)] * 3, [100.0] * 3
     ispa.recorded, ispa.plain = [chunk(kernel, 25.0, 5.0)] * 3, [(kernel + 30) / overhead] * 3
-    made = report_of(lanes, "full", pixel_frames=4, command="", clock="wall")
+    made = report_of(lanes, "full", bench(), pixel_frames=4, command="", clock="wall")
     assert made["paper"]["attention"]["verdict"] == attention
     assert made["paper"]["overall"]["verdict"].startswith(overall or attention)
     assert made["paper"]["overall_w8a8"]["verdict"] == "not measured"
@@ -146,14 +147,19 @@ def test_an_unsteady_run_reproduces_nothing() -> None:
     """The median is beyond the paper's 1.35x, but the quartiles of the run lie far apart."""
     lanes = []
     for configuration in configurations():
-        lane = open_lane(configuration, 3, CLOCKS["wall"])
+        lane = open_lane(configuration, 4, CLOCKS["wall"])
         take_turn(lane, 1, recorded_first=False, decoder=None, clock=CLOCKS["wall"])
+        record_layers(lane, CLOCKS["wall"])
         lanes.append(lane)
     full, ispa = lanes
     full.recorded, full.plain = [chunk(60.0, 30.0, 10.0)] * 3, [100.0] * 3
     ispa.recorded, ispa.plain = [chunk(40.0, 25.0, 5.0)] * 3, [40.0, 70.0, 100.0]
-    made = report_of(lanes, "full", pixel_frames=4, command="", clock="wall")
+    made = report_of(lanes, "full", bench(), pixel_frames=4, command="", clock="wall")
     assert made["paper"]["overall"]["verdict"] == "inconclusive: the chunks of 'ispa' differ too much"
+
+
+def bench(rows: list[dict[str, Any]] | None = None) -> Bench:
+    return Bench({"flops": 1e12, "bytes": 1e11, "dtype": "float32", "side": 1, "copied": 1}, rows or [])
 
 
 def chunk(kernel: float, gemm: float, norm: float) -> Breakdown:

@@ -22,7 +22,7 @@ from ispa_deploy.absorb.presets import Settings
 from ispa_deploy.absorb.solve import Solution, solve
 from ispa_deploy.absorb.stats import Statistics
 from ispa_deploy.cache import KVCache
-from ispa_deploy.delta import Delta, DeltaTarget
+from ispa_deploy.delta import Delta, DeltaTarget, resting
 from ispa_deploy.errors import InputError
 from ispa_deploy.policies import Policy
 from ispa_deploy.regions import region
@@ -110,6 +110,12 @@ class Absorber:
             for target in self.targets:
                 target.set_delta(None)
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """No corrections and no statistics for a pass in which every layer sees all there is: Krea's context pass."""
+        with resting([self.targets[layer] for layer in self.deltas]):
+            yield
+
     def before_chunk(self, start: int, count: int) -> None:
         """Called when the cache has begun the chunk: decides where this chunk's rows go."""
         if self.state != "warm-up" or not self._early:
@@ -168,8 +174,7 @@ class Absorber:
         if self.settings.rows_per_width is None:
             return 1
         spec = self.cache.spec
-        passes = len(spec.steps) + 1
-        rows = (self.settings.warmup - spec.chunk_frames) * self.cache.frame_tokens * passes
+        rows = (self.settings.warmup - spec.chunk_frames) * self.cache.frame_tokens * spec.passes
         return max(1, rows // (self.settings.rows_per_width * width))
 
     def _observe(self, layer: int, local: Tensor, full: Tensor) -> None:

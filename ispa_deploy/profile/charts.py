@@ -10,18 +10,21 @@ from html import escape
 from math import ceil, floor, log10
 from typing import Any
 
+from ispa_deploy.profile.grids import milliseconds
 from ispa_deploy.profile.trace import TRACKS, decode, track_of
 from ispa_deploy.regions import FAMILIES, ROWS
 
 Run = dict[str, Any]
 
+_HELD = {
+    "kv_persistent": "keys and values kept",
+    "kv_scratch": "of the chunk in work",
+    "deltas": "absorbed deltas",
+    "statistics": "statistics",
+}
+
 _BINS, _LANE = 250, 32  # columns of a timeline, height of one of its lanes
 _LABEL = 0.095  # a segment shorter than this share of the axis has no room for its number
-
-
-def milliseconds(ms: float) -> str:
-    """As many digits as a reader can use."""
-    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 1 else f"{ms:.2f}"
 
 
 def legend() -> str:
@@ -105,6 +108,38 @@ def _steps(shares: Sequence[float], floor_y: int) -> str:
             path += f"H{column}V{floor_y - height}"
             last = height
     return f"{path}H{len(shares)}V{floor_y}Z"
+
+
+def memory_chart(runs: Sequence[Run], titles: Sequence[str]) -> str:
+    """Bytes held after every chunk of a stream from its start: keys and values, deltas, statistics, one bar per chunk.
+
+    A run without a transition allocates everything before its first chunk and holds it; it has one bar.
+    """
+    kept = [(run["start"]["chunks"], title) for run, title in zip(runs, titles, strict=True) if run.get("start")]
+    shown = [(chunks, title) for chunks, title in kept if chunks]
+    if not shown:
+        return ""
+    longest = max(len(chunks) for chunks, _ in shown)
+    most = max(sum(chunk[part] for part in _HELD) for chunks, _ in shown for chunk in chunks)
+    names = "".join(f'<li><i class="{part}"></i>{label}</li>' for part, label in _HELD.items())
+    charts = "".join(_memory_bars(chunks, title, longest, most) for chunks, title in shown)
+    head = f"Memory over the first chunks of a stream; the highest bar is {most / 2**20:,.1f} MiB"
+    return f'<h4>{head}</h4><ul class="legend">{names}</ul><div class="memory">{charts}</div>'
+
+
+def _memory_bars(chunks: Sequence[Run], title: str, longest: int, most: int) -> str:
+    bars = []
+    for index in range(longest):
+        chunk = chunks[min(index, len(chunks) - 1)]
+        held = [(part, chunk[part]) for part in reversed(_HELD) if chunk[part]]
+        total = sum(count for _, count in held)
+        spans = "".join(f'<i class="{part}" style="height:{100 * count / most:.2f}%"></i>' for part, count in held)
+        kind = "" if index < len(chunks) else ' class="same"'
+        bars.append(f'<li{kind} title="chunk {index + 1}, {chunk["state"]}: {total / 2**20:,.2f} MiB">{spans}</li>')
+    states = list(dict.fromkeys(chunk["state"] for chunk in chunks))
+    last = sum(chunks[-1][part] for part in _HELD)
+    note = f"{' → '.join(states)}; {last / 2**20:,.1f} MiB in the end"
+    return f"<figure><ol>{''.join(bars)}</ol><figcaption>{escape(title)}<small>{note}</small></figcaption></figure>"
 
 
 def _strip(run: Run) -> str:

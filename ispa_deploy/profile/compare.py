@@ -13,10 +13,20 @@ import torch
 from torch import Tensor
 
 from ispa_deploy.errors import InputError, known_names
-from ispa_deploy.profile.lane import Configuration, keep_log, open_lane, take_turn
+from ispa_deploy.profile.lane import (
+    Configuration,
+    Lane,
+    keep_log,
+    open_lane,
+    record_layers,
+    take_plain_turn,
+    take_turn,
+)
 from ispa_deploy.profile.recorder import CLOCKS
-from ispa_deploy.profile.report import report_of
+from ispa_deploy.profile.report import FIGURE_RUNS, Bench, report_of
+from ispa_deploy.profile.roofline import measure_peaks
 from ispa_deploy.profile.trace import encode
+from ispa_deploy.profile.windows import LONG, measure_windows
 
 __all__ = ["Configuration", "compare"]
 
@@ -31,6 +41,9 @@ def compare(
     decoder: Callable[[Tensor], Tensor] | None = None,
     clock: str = "wall",
     timeline: bool = True,
+    windows: Sequence[int] = (LONG,),
+    plain_only: int = 0,
+    load_ms: float | None = None,
     command: str = "",
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -39,7 +52,9 @@ def compare(
     In each of `rounds` rounds every configuration generates `chunks` chunks plain and `chunks` recorded.
     `pixel_frames`: pixel frames per latent frame, for FPS; `decoder`: latents (B, F, C, H, W) -> pixels, timed apart.
     `clock`: `wall`, or `cpu` for one thread on a shared machine. `timeline`: put the last recorded chunk of each
-    configuration into the report moment by moment, some 10 KB each.
+    configuration into the report moment by moment, some 10 KB each. `windows`: frames at which self-attention alone is
+    measured beside the model's own window. `plain_only`: rounds more in which chunks are timed and not recorded.
+    `load_ms`: what loading the weights took, for the report.
     """
     _check_clock(clock, configurations)
     names = [configuration.name for configuration in configurations]
@@ -49,19 +64,41 @@ def compare(
     lanes = []
     for configuration in configurations:
         say(f"preparing {configuration.name}")
-        lanes.append(open_lane(configuration, 2 * chunks * rounds + 1, CLOCKS[clock]))
-    for number in range(rounds):
+        asked = chunks * (2 * rounds + plain_only) + 2
+        lanes.append(open_lane(configuration, asked, CLOCKS[clock], decoder))
+    for number in range(rounds + plain_only):
         for offset in range(len(lanes)):
             lane = lanes[(number + offset) % len(lanes)]
             say(f"round {number + 1}/{rounds}: {lane.configuration.name}")
             if timeline and number == rounds - 1:
                 keep_log(lane, CLOCKS[clock])
-            take_turn(lane, chunks, recorded_first=number % 2 == 1, decoder=decoder, clock=CLOCKS[clock])
-    report = report_of(lanes, baseline, pixel_frames=pixel_frames, command=command, clock=clock)
+            if number < rounds:
+                take_turn(lane, chunks, recorded_first=number % 2 == 1, decoder=decoder, clock=CLOCKS[clock])
+            else:
+                take_plain_turn(lane, chunks, clock=CLOCKS[clock])
+    for lane in lanes:
+        record_layers(lane, CLOCKS[clock])
+    say("peaks of the device, and attention at long windows")
+    bench = _bench(lanes, baseline, clock, windows)
+    report = report_of(lanes, baseline, bench, pixel_frames=pixel_frames, command=command, clock=clock, load_ms=load_ms)
     if timeline:
         for run, lane in zip(report["runs"], lanes, strict=True):
             run["timeline"] = encode(lane.recorder.stretches())
     return report
+
+
+def _bench(lanes: Sequence[Lane], baseline: str, clock: str, windows: Sequence[int]) -> Bench:
+    """What the device can do, and self-attention by itself, at the sizes of the baseline's model."""
+    lane = next(lane for lane in lanes if lane.configuration.name == baseline)
+    model = lane.configuration.model
+    ispa = next((lane.facts for lane in lanes if lane.configuration.name == FIGURE_RUNS["attention"]), None)
+    ratio, near = (len(ispa["local"]) / model.spec.layers, ispa["near"]) if ispa else (0.0, model.spec.chunk_frames)
+    own = lane.facts["window"]
+    rows = measure_windows(
+        model.spec, model.dtype, model.device, CLOCKS[clock], ratio=ratio, local=near,
+        windows=tuple(dict.fromkeys((own, *windows))) if ratio else (),
+    )  # fmt: skip
+    return Bench(measure_peaks(model.device, model.dtype, CLOCKS[clock]), rows)
 
 
 def _check_clock(clock: str, configurations: Sequence[Configuration]) -> None:

@@ -8,7 +8,18 @@ from html import escape
 from typing import Any
 
 from ispa_deploy.profile.breakdown import RULES
-from ispa_deploy.profile.charts import milliseconds, timeline
+from ispa_deploy.profile.charts import memory_chart, timeline
+from ispa_deploy.profile.grids import (
+    amdahl_grid,
+    layer_grid,
+    memory_grid,
+    milliseconds,
+    peak_line,
+    roofline_grid,
+    start_grid,
+    window_grid,
+)
+from ispa_deploy.profile.grids import span as bracketed
 from ispa_deploy.profile.table import explanations, paper_grid
 from ispa_deploy.regions import FAMILIES, ROWS
 
@@ -20,16 +31,8 @@ _TITLES = {
     "ispa": "ISPA",
     "full+w8a8": "Full cache + W8A8",
     "ispa+w8a8": "ISPA + W8A8",
-    "local+w8a8": "Local attention + W8A8, nothing absorbed",
-    "published": "Published code",
-}
-_MEMORY = {
-    "weights": "weights",
-    "kv_persistent": "keys and values kept",
-    "kv_scratch": "keys and values of the chunk in work",
-    "deltas": "absorbed deltas",
-    "statistics": "statistics, until the transition",
-    "peak": "peak",
+    "local+w8a8": "All layers local, one recent chunk + W8A8",
+    "published": "Published loop, plain PyTorch",
 }
 _BADGES = {"reproduced": "good", "not reproduced": "bad", "inconclusive": "doubt"}
 
@@ -39,17 +42,68 @@ def section(report: Report, number: int) -> str:
     titles = [title(run) for run in runs]
     blocks = [
         _block("The paper's figures", _paper(report)),
-        _block("What is possible", "".join(f"<p>{escape(text)}</p>" for text in explanations(report))),
+        _block("What is possible, what was reached", _possible(report)),
+        *_grids(
+            "Longer windows",
+            window_grid(report),
+            "Self-attention was measured by itself at each window; "
+            "the whole chunk is composed from it and from everything else as measured at this model's window.",
+        ),
         _block("Where the time goes", _components(runs, titles), "Milliseconds of one chunk and share of it."),
         _block("How steady, and does the account close", _steadiness(runs, titles)),
-        _block("Memory", _memory(runs, titles), _peak_note(report)),
+        *_grids(
+            "Before the steady state",
+            start_grid(report),
+            "Cold: the first chunk this process ever made with this "
+            "configuration. Warm: a new stream in a process that is already serving, up to its first frames.",
+        ),
+        _block("Memory", _memory(report) + memory_chart(runs, titles), _peak_note(report)),
+        *_grids(
+            "How near the hardware's limits",
+            roofline_grid(report),
+            f"{escape(peak_line(report))} A row is held "
+            "against the nearer of both; 8-bit rows against the same peaks, so that runs compare.",
+        ),
         *_timelines(report),
+        _layers(report),
         _audit(runs, titles),
     ]
     return (
         f'<section><h2>{escape(model_line(report))}</h2><p class="soft">{escape(hardware(report))}</p>'
         f"{_warnings(report, number)}{''.join(blocks)}{_footer(report)}</section>"
     )
+
+
+def _possible(report: Report) -> str:
+    head, *lines = amdahl_grid(report)
+    table = _table(head, [(None, [escape(cell) for cell in line]) for line in lines], kind="numbers")
+    return table + "".join(f"<p>{escape(text)}</p>" for text in explanations(report))
+
+
+def _grids(heading: str, grid: Sequence[Sequence[str]], note: str) -> list[str]:
+    """A card of one grid; none where the grid has no lines."""
+    if len(grid) < 2:
+        return []
+    head, *lines = grid
+    cells = [(None, [escape(cell.strip()) for cell in line]) for line in lines]
+    return [_block(heading, _table([_named(cell) for cell in head], cells, kind="numbers"), note)]
+
+
+def _named(cell: str) -> str:
+    """A column's heading: the names of runs as the rest of the page writes them."""
+    before, comma, name = cell.rpartition(", ")
+    return escape(f"{before}{comma}{_TITLES.get(name, name)}")
+
+
+def _layers(report: Report) -> str:
+    """The blocks of the fastest run, folded away: where the local layers are, and what each takes and holds."""
+    run = best_run(report) or base_run(report)
+    head, *lines = layer_grid(run) or [[]]
+    if not lines:
+        return ""
+    table = _table([escape(cell) for cell in head], [(None, line) for line in lines], kind="numbers")
+    summary = f"<summary>Layer by layer, {escape(title(run))}</summary>"
+    return f'<div class="card"><details>{summary}{table}</details></div>\n'
 
 
 def _block(heading: str, body: str, note: str = "") -> str:
@@ -92,6 +146,7 @@ def _steadiness(runs: Sequence[Run], titles: Sequence[str]) -> str:
         (None, [f"chunk, {name}, ms", *(milliseconds(run["chunk_ms"][key]) for run in runs)])
         for key, name in {"median": "median", "p90": "90th percentile", "p99": "99th percentile"}.items()
     ]
+    lines.append((None, ["95 % interval of the median", *(bracketed(run["chunk_ms"].get("interval")) for run in runs)]))
     lines.append((None, ["chunks timed", *(str(run["chunk_ms"]["n"]) for run in runs)]))
     for key, name in {"dit": "frames/s, model alone", "with_vae": "frames/s, with decoding"}.items():
         if any(run["fps"][key] for run in runs):
@@ -107,18 +162,17 @@ def _rule(closing: dict[str, Any], rule: str) -> str:
     return f'<span class="badge {kind}" title="found of allowed">{text}</span>'
 
 
-def _memory(runs: Sequence[Run], titles: Sequence[str]) -> str:
-    lines: list[tuple[str | None, list[str]]] = [
-        (None, [label, *(f"{run['memory'][name] / 2**20:,.1f}" for run in runs)]) for name, label in _MEMORY.items()
-    ]
-    lines.append(("sum", ["keys and values, % of the full cache", *(f"{run['kv_percent']:.1f}" for run in runs)]))
-    return _table(["MiB", *map(escape, titles)], lines, kind="numbers")
+def _memory(report: Report) -> str:
+    head, *lines = memory_grid(report)
+    last = len(lines) - 1
+    body = [("sum" if number == last else None, line) for number, line in enumerate(lines)]
+    return _table([_named(cell) for cell in head], body, kind="numbers")
 
 
 def _peak_note(report: Report) -> str:
     if report["env"]["gpu"]:
         return "Peak: what one run holds and what the allocator took on top of it."
-    return "Peak: of the whole process with all runs in it; a CPU keeps no count per run."
+    return "Peak: of the whole process, with the models and caches of all runs in it, while this run was at work."
 
 
 def _timelines(report: Report) -> list[str]:

@@ -10,8 +10,9 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from ispa_deploy.profile.charts import milliseconds, stacked_bars
+from ispa_deploy.profile.charts import stacked_bars
 from ispa_deploy.profile.details import base_run, best_run, hardware, model_line, section, span, title
+from ispa_deploy.profile.grids import milliseconds
 from ispa_deploy.regions import FAMILIES
 
 Report = dict[str, Any]

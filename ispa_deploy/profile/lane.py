@@ -3,28 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ispa_deploy.memory import weight_bytes
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions
 from ispa_deploy.profile.breakdown import Breakdown, typical
-from ispa_deploy.profile.environment import peak_rss
+from ispa_deploy.profile.environment import peak_rss, resident, restart_peak
+from ispa_deploy.profile.layers import block_times
 from ispa_deploy.profile.recorder import ChunkRecorder, Clock, measure, recorder_for, stopwatch
+from ispa_deploy.profile.start import Start, measure_start
 from ispa_deploy.profile.steady import SteadyStream
 
 Audit = Callable[[nn.Module], list[dict[str, Any]]]
 """What every linear layer of a model really ran, one row each."""
 
 
+class Steady(Protocol):
+    """A stream past its transition: `SteadyStream`, or another loop that a bench sets beside ours."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Let this stream run: models are shared."""
+        ...
+
+    def step(self) -> object:
+        """Generate the next chunk."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """As `SteadyStream.facts`."""
+        ...
+
+    def layers(self) -> list[dict[str, Any]]:
+        """As `SteadyStream.layers`."""
+        ...
+
+
+Opener = Callable[[CausalWanDiT, StreamOptions, int], Steady]
+"""A model, options and how many chunks will be asked for -> a stream that stands ready."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
     """One run of the report. Configurations may share a model: only one streams at a time.
 
-    `scheme` is the name of what was done to the model's linears, `audit` reports what ran.
+    `scheme` is the name of what was done to the model's linears, `audit` reports what ran and `complaints` what did
+    not run as it was asked for. `starts`: whether cold start, warm-up and transition are measured as well.
     """
 
     name: str
@@ -32,6 +61,9 @@ class Configuration:
     options: StreamOptions
     scheme: str = "none"
     audit: Audit | None = None
+    complaints: Callable[[nn.Module], list[str]] | None = None
+    opener: Opener = SteadyStream.open
+    starts: bool = True
 
 
 @dataclass
@@ -39,12 +71,15 @@ class Lane:
     """A configuration with its stream and what was measured so far; times in ms."""
 
     configuration: Configuration
-    steady: SteadyStream
+    steady: Steady
     recorder: ChunkRecorder
     plain: list[float] = field(default_factory=list)
     recorded: list[Breakdown] = field(default_factory=list)
     decoding: list[float] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    start: Start | None = None
+    layer_ms: list[float] = field(default_factory=list)
+    transient: int | None = None
     peak: int = 0
 
     @property
@@ -52,10 +87,14 @@ class Lane:
         return typical(self.recorded)
 
 
-def open_lane(configuration: Configuration, chunks: int, clock: Clock) -> Lane:
+def open_lane(
+    configuration: Configuration, chunks: int, clock: Clock, decoder: Callable[[Tensor], Tensor] | None = None
+) -> Lane:
     """A lane whose first chunk, with everything that is done once, is behind it."""
-    steady = SteadyStream.open(configuration.model, configuration.options, chunks)
-    lane = Lane(configuration, steady, recorder_for(configuration.model.device, clock))
+    model, options = configuration.model, configuration.options
+    start = measure_start(model, options, clock, decoder) if configuration.starts else None
+    steady = configuration.opener(model, options, chunks)
+    lane = Lane(configuration, steady, recorder_for(model.device, clock), start=start)
     with steady.turn():
         steady.step()
     return lane
@@ -67,9 +106,7 @@ def take_turn(
     """`chunks` pairs of a plain and a recorded chunk; who goes first alternates: neither always has the warm caches."""
     steady, model = lane.steady, lane.configuration.model
     with steady.turn():
-        if model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(model.device)
-        before = torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else 0
+        before = held_before(model.device)
         for number in range(chunks):
             if recorded_first == (number % 2 == 0):
                 lane.recorded.append(measure(steady.step, model, model.device, clock, lane.recorder))
@@ -77,11 +114,18 @@ def take_turn(
             else:
                 lane.plain.append(stopwatch(steady.step, model.device, clock))
                 lane.recorded.append(measure(steady.step, model, model.device, clock, lane.recorder))
-        lane.peak = max(lane.peak, _transient(model.device, before))
+        _note_peak(lane, model.device, before)
         lane.facts = _facts(lane)
     if decoder is not None:
         latents = torch.randn(1, model.spec.chunk_frames, *model.spec.latent_shape, device=model.device)
         lane.decoding.append(stopwatch(lambda: decoder(latents), model.device, clock))
+
+
+def take_plain_turn(lane: Lane, chunks: int, *, clock: Clock) -> None:
+    """`chunks` chunks with nothing installed."""
+    device = lane.configuration.model.device
+    with lane.steady.turn():
+        lane.plain += [stopwatch(lane.steady.step, device, clock) for _ in range(chunks)]
 
 
 def keep_log(lane: Lane, clock: Clock) -> None:
@@ -91,39 +135,39 @@ def keep_log(lane: Lane, clock: Clock) -> None:
         lane.recorder = recorder_for(device, clock, log=True)
 
 
-def _transient(device: torch.device, before: int) -> int:
-    """Bytes that the work of a turn took on top of what lay there before it; 0 on a CPU, which keeps no count."""
-    return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
+def record_layers(lane: Lane, clock: Clock) -> None:
+    """One more chunk with a clock around every block, for the table by layers; it counts for nothing else."""
+    model = lane.configuration.model
+    with lane.steady.turn():
+        lane.layer_ms = block_times(lane.steady.step, model, clock)
+
+
+def held_before(device: torch.device) -> int | None:
+    """Bytes held now, and the device's memory of its highest forgotten; None where the system cannot do that."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    return resident() if restart_peak() else None
+
+
+def _note_peak(lane: Lane, device: torch.device, before: int | None) -> None:
+    """What the chunks of a turn took on top of `before`, and the highest that was held."""
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss()
+    lane.peak = max(lane.peak, peak)
+    if before is not None:
+        lane.transient = max(lane.transient or 0, peak - before)
 
 
 def _facts(lane: Lane) -> dict[str, Any]:
     """What can only be read while the deltas are on the model."""
-    configuration, stream = lane.configuration, lane.steady.stream
-    cache, absorber = stream.cache, stream.absorber
-    memory = {
-        "weights": weight_bytes(configuration.model),
-        "kv_persistent": cache.persistent_bytes(),
-        "kv_scratch": cache.scratch_bytes(),
-        "deltas": absorber.delta_bytes(),
-        "statistics": lane.steady.statistics_bytes(),
-    }
+    configuration, facts = lane.configuration, lane.steady.facts()
+    memory = {"weights": weight_bytes(configuration.model), **facts["memory"], "transient": lane.transient}
     held = sum(memory[name] for name in ("weights", "kv_persistent", "kv_scratch", "deltas"))
     cuda = configuration.model.device.type == "cuda"
     return {
-        "local": len(absorber.local_layers()),
-        "delta": lane.steady.delta_mode(),
-        # On a CPU: of the whole process with all configurations in it.
-        "memory": {**memory, "peak": held + lane.peak if cuda else peak_rss()},
-        "kv_percent": 100 * cache.persistent_bytes() / cache.full_bytes(),
+        **facts,
+        # A GPU's counter covers all configurations, so what this one holds is summed up; a CPU's is the process's.
+        "memory": {**memory, "peak": held + (lane.transient or 0) if cuda else lane.peak},
+        "layers": lane.steady.layers(),
         "audit": configuration.audit(configuration.model) if configuration.audit else [],
     }
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights; a layer that keeps them packed outside of its state says so by `nbytes`."""
-    total = 0
-    for module in model.modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        packed = getattr(module, "nbytes", None)
-        total += packed if isinstance(packed, int) else sum(tensor.nbytes for tensor in own)
-    return total

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -14,9 +15,13 @@ import torch
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.profile.breakdown import RULES, closing
 from ispa_deploy.profile.environment import environment
+from ispa_deploy.profile.interval import median_interval, ratio_interval
 from ispa_deploy.profile.lane import Lane
 from ispa_deploy.profile.paper import (
     PAPER,
+    PAPER_GEOMETRY,
+    PAPER_MODEL,
+    PAPER_RATIO,
     Parts,
     amdahl,
     attention_shortfall,
@@ -25,6 +30,10 @@ from ispa_deploy.profile.paper import (
     shortfall,
     verdict,
 )
+from ispa_deploy.profile.roofline import roofline
+from ispa_deploy.profile.windows import chunk_gain, window_needed
+from ispa_deploy.profile.work import Setting, Work, chunk_work, keys_of
+from ispa_deploy.specs import spec_for
 
 SCHEMA_VERSION = 1
 
@@ -35,7 +44,22 @@ FIGURE_RUNS = {"attention": "ispa", "overall": "ispa", "overall_w8a8": "ispa+w8a
 """The run that stands against the baseline in each of the paper's figures."""
 
 
-def report_of(lanes: Sequence[Lane], baseline: str, *, pixel_frames: int, command: str, clock: str) -> dict[str, Any]:
+PUBLISHED = "published"
+"""Name of the run that is not ours: the published loop in plain PyTorch."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured beside the runs: the device's peaks, and self-attention by itself, the model's window first."""
+
+    peak: dict[str, Any]
+    windows: list[dict[str, Any]]
+
+
+def report_of(
+    lanes: Sequence[Lane], baseline: str, bench: Bench, *, pixel_frames: int, command: str, clock: str,
+    load_ms: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What was measured, as plain JSON types; `compare` says what the arguments are."""
     by_name = {lane.configuration.name: lane for lane in lanes}
     base = by_name[baseline]
@@ -46,8 +70,12 @@ def report_of(lanes: Sequence[Lane], baseline: str, *, pixel_frames: int, comman
         "env": {**environment(model.device), "clock": clock},
         "model": _model_row(model),
         "baseline": baseline,
-        "runs": [_run_row(lane, base, pixel_frames) for lane in lanes],
+        "peak": bench.peak,
+        "load_ms": load_ms,
+        "runs": [_run_row(lane, base, by_name.get(PUBLISHED), bench.peak, pixel_frames) for lane in lanes],
         **_paper_rows(by_name, base),
+        "windows": _window_rows(by_name, base, bench.windows),
+        "setting": _setting(base, by_name.get(FIGURE_RUNS["attention"])),
     }
     report["paper"] = {figure: doubted(entry, doubt(report, figure)) for figure, entry in report["paper"].items()}
     report["warnings"] = warnings(report)
@@ -66,6 +94,7 @@ def warnings(report: dict[str, Any]) -> list[str]:
                 for rule in rules["broken"]
             ]
             found.append(f"the account of '{run['name']}' does not close: {'; '.join(texts)}")
+        found += [f"'{run['name']}': {text}" for text in run["complaints"]]
         if times["n"] < FEW:
             found.append(f"'{run['name']}' was timed over {times['n']} chunks only")
         elif times["spread"] > UNSTEADY * times["median"]:
@@ -110,16 +139,16 @@ def _model_row(model: CausalWanDiT) -> dict[str, Any]:
     }
 
 
-def _run_row(lane: Lane, base: Lane, pixel_frames: int) -> dict[str, Any]:
+def _run_row(lane: Lane, base: Lane, published: Lane | None, peak: dict[str, Any], pixel_frames: int) -> dict[str, Any]:
     options, spec = lane.configuration.options, lane.configuration.model.spec
     run, reference, facts = lane.run, base.run, lane.facts
-    overhead = median(a.wall / b for a, b in zip(lane.recorded, lane.plain, strict=True))
-    localises = lane.steady.stream.absorber.policy.localises
+    overhead = median(a.wall / b for a, b in zip(lane.recorded, lane.plain, strict=False))
+    complaints = lane.configuration.complaints
     return {
         "name": lane.configuration.name,
-        "policy": options.policy,
-        "ratio": facts["local"] / spec.layers,
-        "recent": options.recent_frames if localises else 0,
+        "policy": options.policy if lane is not published else PUBLISHED,
+        "ratio": len(facts["local"]) / spec.layers,
+        "recent": options.recent_frames if facts["localises"] else 0,
         "scheme": lane.configuration.scheme,
         "delta": facts["delta"],
         "chunk_ms": _distribution(lane.plain),
@@ -130,19 +159,38 @@ def _run_row(lane: Lane, base: Lane, pixel_frames: int) -> dict[str, Any]:
         "instrumented_over_plain": overhead,
         "closing": closing(run, overhead),
         "speedup": median(base.plain) / median(lane.plain),
+        "speedup_interval": ratio_interval(base.plain, lane.plain),
+        "speedup_published": median(published.plain) / median(lane.plain) if published else None,
         "attention_speedup": _ratio(reference.self_attention, run.self_attention),
         "linear_speedup": _ratio(reference.families["linear"], run.families["linear"]),
         "memory": facts["memory"],
         "kv_percent": facts["kv_percent"],
         "fps": _fps(lane, spec.chunk_frames * pixel_frames),
+        "start": lane.start.to_dict() if lane.start else None,
+        "roofline": roofline(_work(lane), run.components, peak),
+        "layers": [{**row, "ms": ms} for row, ms in zip(facts["layers"], lane.layer_ms, strict=True)],
+        "complaints": complaints(lane.configuration.model) if complaints else [],
         "audit": facts["audit"],
     }
 
 
-def _distribution(values: list[float]) -> dict[str, float | int]:
-    """Median and percentiles by linear interpolation, and the distance of the quartiles."""
+def _work(lane: Lane) -> dict[str, Work]:
+    """Operations and bytes of a steady chunk of this run."""
+    model, facts = lane.configuration.model, lane.facts
+    spec = replace(model.spec, window_frames=facts["window"])
+    width = model.dtype.itemsize
+    eight = lane.configuration.scheme != "none"
+    keys = keys_of(spec, len(facts["local"]), facts["near"])
+    return chunk_work(spec, Setting(keys=keys, width=width, weight_width=1 if eight else width))
+
+
+def _distribution(values: list[float]) -> dict[str, Any]:
+    """Median and percentiles by linear interpolation, the distance of the quartiles, the interval of the median."""
     low, middle, high, p90, p99 = torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75, 0.9, 0.99])).tolist()
-    return {"median": middle, "p90": p90, "p99": p99, "min": min(values), "spread": high - low, "n": len(values)}
+    return {
+        "median": middle, "p90": p90, "p99": p99, "min": min(values), "spread": high - low, "n": len(values),
+        "interval": median_interval(values),
+    }  # fmt: skip
 
 
 def _fps(lane: Lane, frames: int) -> dict[str, float | None]:
@@ -167,7 +215,10 @@ def _paper_rows(lanes: dict[str, Lane], base: Lane) -> dict[str, Any]:
         keys = _keys(ispa)
     if both is not None:
         figures["overall_w8a8"] = _overall("overall_w8a8", both, base, "linear")
-    return {"paper": figures, "amdahl": amdahl(whole, Parts.of(ispa.run) if ispa else None, keys)}
+    law = amdahl(whole, Parts.of(ispa.run) if ispa else None, keys)
+    linear = _ratio(whole.linear, Parts.of(both.run).linear) if both else None
+    achieved = {"attention": figures["attention"]["ours"], "chunk": figures["overall"]["ours"], "linear": linear}
+    return {"paper": figures, "amdahl": {**law, "achieved": achieved}}
 
 
 def _overall(figure: str, lane: Lane, base: Lane, lever: str) -> dict[str, Any]:
@@ -176,9 +227,39 @@ def _overall(figure: str, lane: Lane, base: Lane, lever: str) -> dict[str, Any]:
 
 
 def _keys(lane: Lane) -> float:
-    cache, policy = lane.steady.stream.cache, lane.steady.stream.absorber.policy
-    local = policy.sink + cache.recent + cache.spec.chunk_frames
-    return keys_ratio(lane.facts["local"] / cache.spec.layers, cache.spec.window_frames, local)
+    facts, spec = lane.facts, lane.configuration.model.spec
+    return keys_ratio(len(facts["local"]) / spec.layers, spec.window_frames, facts["near"])
+
+
+def _window_rows(lanes: dict[str, Lane], base: Lane, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with what the whole chunk would gain at each window: ISPA, and ISPA with 8-bit linears."""
+    found = []
+    for row in rows:
+        gains = {"chunk_speedup": lanes.get(FIGURE_RUNS["overall"]),
+                 "chunk_speedup_w8a8": lanes.get(FIGURE_RUNS["overall_w8a8"])}  # fmt: skip
+        composed = {
+            name: chunk_gain(Parts.of(base.run), Parts.of(lane.run), rows[0], row) if lane else None
+            for name, lane in gains.items()
+        }
+        found.append({**row, **composed})
+    return found
+
+
+def _setting(base: Lane, ispa: Lane | None) -> dict[str, Any]:
+    """Where this report stands to the paper's setting, and from which window on its attention figure is possible."""
+    spec, reference = base.configuration.model.spec, spec_for(PAPER_MODEL)
+    here = {
+        "geometry": all(getattr(spec, name) == getattr(reference, name) for name in PAPER_GEOMETRY),
+        "window": base.facts["window"] == reference.window_frames,
+        "ratio": ispa is not None and len(ispa.facts["local"]) / spec.layers == PAPER_RATIO,
+    }
+    near = ispa.facts["near"] if ispa else spec.chunk_frames
+    return {
+        "paper": {"model": PAPER_MODEL, "window": reference.window_frames, "ratio": PAPER_RATIO, "height": 480,
+                  "width": 832},
+        "same": here,
+        "window_needed": window_needed(PAPER_RATIO, near),
+    }  # fmt: skip
 
 
 def _ratio(a: float, b: float) -> float | None:

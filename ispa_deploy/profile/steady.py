@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -63,6 +64,37 @@ class SteadyStream:
     def step(self) -> Chunk:
         """The next chunk: denoising passes and the clean pass."""
         return next(self._chunks)
+
+    def facts(self) -> dict[str, Any]:
+        """What can only be read while it is this stream's turn; memory in bytes, of the stream alone."""
+        cache, absorber = self.stream.cache, self.stream.absorber
+        return {
+            "localises": absorber.policy.localises,
+            "local": absorber.local_layers(),
+            "near": absorber.policy.sink + cache.recent + cache.spec.chunk_frames,
+            "window": cache.spec.window_frames,
+            "delta": self.delta_mode(),
+            "kv_percent": 100 * cache.persistent_bytes() / cache.full_bytes(),
+            "memory": {
+                "kv_persistent": cache.persistent_bytes(),
+                "kv_scratch": cache.scratch_bytes(),
+                "deltas": absorber.delta_bytes(),
+                "statistics": self.statistics_bytes(),
+            },
+        }
+
+    def layers(self) -> list[dict[str, Any]]:
+        """What each layer is and holds: `local`, how its delta runs, bytes of its keys and values and of its delta."""
+        cache, targets = self.stream.cache, self.stream.absorber.targets
+        return [
+            {
+                "local": cache.is_local(layer),
+                "delta": target.delta_mode,
+                "kv_persistent": cache.layer_bytes(layer),
+                "deltas": target.delta_nbytes(),
+            }
+            for layer, target in enumerate(targets)
+        ]
 
     def delta_mode(self) -> str | None:
         """The mode that really runs, while it is this stream's turn."""

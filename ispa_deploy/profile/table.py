@@ -5,6 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ispa_deploy.profile.grids import (
+    amdahl_grid,
+    audit_grid,
+    memory_grid,
+    peak_line,
+    roofline_grid,
+    span,
+    start_grid,
+    times,
+    window_grid,
+)
 from ispa_deploy.regions import FAMILIES, ROWS
 
 if TYPE_CHECKING:
@@ -40,15 +51,20 @@ def grid(report: Report) -> list[list[str]]:
 
     line("chunk, median", [f"{run['chunk_ms']['median']:.1f}" for run in runs])
     line("  quartiles", [f"±{run['chunk_ms']['spread'] / 2:.1f}" for run in runs])
+    line("  95 % interval", [span(run["chunk_ms"].get("interval")) for run in runs])
+    line("  90th, 99th percentile", [f"{run['chunk_ms']['p90']:.1f}, {run['chunk_ms']['p99']:.1f}" for run in runs])
     for family in FAMILIES:
         line(family, [_share(run["families"][family], run) for run in runs])
         for row in (row for row in ROWS if row.startswith(f"{family}.")):
             if any(run["components"][row] >= _SEEN * run["wall_ms"] for run in runs):
                 line("  " + row.partition(".")[2], [_share(run["components"][row], run) for run in runs])
     line("unattributed", [_share(run["unattributed_ms"], run) for run in runs])
-    line("speed-up", [_times(run["speedup"]) for run in runs])
-    line("  self-attention", [_times(run["attention_speedup"]) for run in runs])
-    line("  linear", [_times(run["linear_speedup"]) for run in runs])
+    line("speed-up", [times(run["speedup"]) for run in runs])
+    line("  95 % interval", [span(run.get("speedup_interval"), "{:.2f}") for run in runs])
+    if any(run.get("speedup_published") for run in runs):
+        line("  over the published loop", [times(run["speedup_published"]) for run in runs])
+    line("  self-attention", [times(run["attention_speedup"]) for run in runs])
+    line("  linear", [times(run["linear_speedup"]) for run in runs])
     line("frames per second", [f"{run['fps']['dit']:.2f}" for run in runs])
     line("KV cache, MiB", [_mib(run["memory"]["kv_persistent"]) for run in runs])
     line("KV cache, %", [f"{run['kv_percent']:.1f}" for run in runs])
@@ -61,7 +77,7 @@ def paper_grid(report: Report) -> list[list[str]]:
     lines = [["speed-up", "paper", "here", "verdict"]]
     for figure, label in _FIGURES.items():
         entry = report["paper"][figure]
-        lines.append([label, _times(entry["paper"]), _times(entry["ours"]), entry["verdict"]])
+        lines.append([label, times(entry["paper"]), times(entry["ours"]), entry["verdict"]])
     return lines
 
 
@@ -82,7 +98,23 @@ def explanations(report: Report) -> list[str]:
             text.append("The paper's 1.86x is out of reach here: not even linear layers that cost nothing would do.")
     else:
         text.append(f"The paper's 1.86x would need linear layers {law['linear_speedup_needed']:.2f}x faster.")
-    return [*text, *_eight_bit_sentences(report)]
+    return [*text, *_setting_sentences(report), *_eight_bit_sentences(report)]
+
+
+def _setting_sentences(report: Report) -> list[str]:
+    setting = report.get("setting")
+    if not setting:
+        return []
+    paper, needed = setting["paper"], setting["window_needed"]
+    other = [name for name, same in setting["same"].items() if not same]
+    where = f"in its {' and '.join(other)}" if other else "in nothing but hardware and software"
+    text = (
+        f"The paper measured {paper['model']} at {paper['height']}x{paper['width']}, window {paper['window']}, "
+        f"{100 * paper['ratio']:.0f} % of the layers local; this report differs {where}."
+    )
+    if needed is None:
+        return [text]
+    return [text, f"At that ratio the dropped keys explain its 1.89x only from a window of {needed} frames on."]
 
 
 def _eight_bit_sentences(report: Report) -> list[str]:
@@ -93,6 +125,21 @@ def _eight_bit_sentences(report: Report) -> list[str]:
         f"{run['linear_speedup']:.2f}x of the baseline's speed; what is saved is memory."
         for run in idle[-1:]
     ]
+
+
+def more(report: Report) -> list[tuple[str, list[list[str]], bool]]:
+    """The tables below the first: heading, lines, and whether they are numbers throughout; empty ones are left out."""
+    last = report["runs"][-1]
+    tables = [
+        ("the paper's figures", paper_grid(report), False),
+        ("what Amdahl's law allows", amdahl_grid(report), False),
+        ("longer windows: self-attention measured alone, the chunk composed from it", window_grid(report), False),
+        ("before the steady state", start_grid(report), True),
+        ("memory", memory_grid(report), True),
+        (f"work, and how near the device's peaks: {peak_line(report)}", roofline_grid(report), True),
+        (f"what the linear layers of '{last['name']}' ran", audit_grid(last), False),
+    ]
+    return [entry for entry in tables if len(entry[1]) > 1]
 
 
 def terminal(report: Report) -> RenderableType:
@@ -110,14 +157,16 @@ def terminal(report: Report) -> RenderableType:
 
     return Group(
         table(grid(report), True, title(report)),
-        table(paper_grid(report), False, "the paper's figures"),
+        *(table(lines, numbers, heading) for heading, lines, numbers in more(report)),
         *sentences(report),
     )
 
 
 def markdown(report: Report) -> str:
     """The same as a Markdown section."""
-    parts = [f"**{title(report)}**", _pipes(grid(report)), _pipes(paper_grid(report))]
+    parts = [f"**{title(report)}**", _pipes(grid(report))]
+    for heading, lines, _ in more(report):
+        parts += [f"*{heading[0].upper()}{heading[1:]}*", _pipes(lines)]
     parts.append("\n".join(f"- {sentence}" for sentence in sentences(report)))
     if report["command"]:
         parts.append(f"`{report['command']}`")
@@ -140,7 +189,3 @@ def _share(ms: float, run: Run) -> str:
 
 def _mib(count: int) -> str:
     return f"{count / 2**20:.1f}"
-
-
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"

@@ -1,0 +1,106 @@
+"""Floating-point operations and bytes that a steady chunk needs, row by row, from the geometry alone; no torch.
+
+A product of (m, k) and (k, n) is 2 m k n operations. Bytes are the least that must move: every operand read once, every
+result written once, nothing kept between kernels. A row that reaches neither peak spends its time on something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ispa_deploy.specs import ModelSpec
+
+# Tensors of the chunk's size that norms, modulation and residuals of one block read or write: two modulations (2 each),
+# one plain norm (2), three residuals (3 each), the norms of q, k and the cross-attention's q (2 each).
+_NORM_TENSORS = 2 * 2 + 2 + 3 * 3 + 3 * 2
+_EIGHT_BIT = 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations and bytes of one row."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.flops * times, self.bytes * times)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What decides the work of a chunk beside the geometry. `keys`: frames that each layer's queries see; `width`:
+    bytes of an activation; `weight_width`: bytes of a linear's weight, 1 for 8 bits."""
+
+    keys: Sequence[int]
+    width: int
+    weight_width: int
+
+    @property
+    def eight_bit(self) -> bool:
+        return self.weight_width == _EIGHT_BIT
+
+
+def keys_of(spec: ModelSpec, local: int, near: int) -> list[int]:
+    """Frames seen by each layer when `local` of the layers see only `near` frames, the others the whole window."""
+    return [near] * local + [spec.window_frames] * (spec.layers - local)
+
+
+def passes_of(spec: ModelSpec) -> int:
+    """Denoising passes and the clean one."""
+    return len(spec.steps) + 1
+
+
+def block_linears(spec: ModelSpec) -> list[tuple[int, int]]:
+    """(in, out) of every linear that a pass runs in one block: self q, k, v, o; cross q, o; the feed-forward."""
+    return [(spec.dim, spec.dim)] * 6 + [(spec.dim, spec.ffn_dim), (spec.ffn_dim, spec.dim)]
+
+
+def chunk_work(spec: ModelSpec, setting: Setting) -> dict[str, Work]:
+    """Work of a steady chunk by the rows of the breakdown that it can be counted for."""
+    passes, queries = passes_of(spec), spec.chunk_frames * spec.frame_tokens
+    every = passes * spec.layers
+    linears = block_linears(spec)
+    inputs, outputs = (sum(pair[side] for pair in linears) for side in (0, 1))
+    rows = {
+        "attention.kernel": _sum(
+            _attention(spec, queries, frames * spec.frame_tokens, setting.width) for frames in setting.keys
+        )
+        * passes,
+        "attention.cross": _attention(spec, queries, spec.text_len, setting.width) * every,
+        "attention.cache": Work(0, 4 * queries * spec.dim * setting.width) * every,
+        "linear.gemm": _linears(linears, queries, setting) * every + _ends(spec, queries, setting.width) * passes,
+        "overhead.norm": Work(0, (_NORM_TENSORS * spec.dim + 2 * spec.ffn_dim) * queries * setting.width) * every,
+        "overhead.rope": Work(0, 4 * queries * spec.dim * setting.width) * every,
+    }
+    if setting.eight_bit:
+        rows["linear.quantise"] = Work(0, queries * inputs * (setting.width + _EIGHT_BIT)) * every
+        rows["linear.dequantise"] = Work(0, 2 * queries * outputs * setting.width) * every
+    return rows
+
+
+def _attention(spec: ModelSpec, queries: int, keys: int, width: int) -> Work:
+    """Two products; q and the output, k and v."""
+    return Work(4 * queries * keys * spec.dim, 2 * (queries + keys) * spec.dim * width)
+
+
+def _linears(shapes: Sequence[tuple[int, int]], rows: int, setting: Setting) -> Work:
+    return _sum(
+        Work(2 * rows * i * o, i * o * setting.weight_width + rows * (i * setting.weight_width + o * setting.width))
+        for i, o in shapes
+    )
+
+
+def _ends(spec: ModelSpec, rows: int, width: int) -> Work:
+    """Patch embedding and head."""
+    pixels = spec.latent_channels * spec.patch[0] * spec.patch[1] * spec.patch[2]
+    shapes = [(pixels, spec.dim), (spec.dim, pixels)]
+    return _linears(shapes, rows, Setting(keys=(), width=width, weight_width=width))
+
+
+def _sum(parts: Iterable[Work]) -> Work:
+    return sum(parts, Work())
