@@ -383,6 +383,7 @@ def _run(
 ) -> dict[str, Any]:
     from export.deltas import load_deltas, save_deltas_of
     from ispa_deploy.media.output import output_path
+    from ispa_deploy.prompts import LivePrompts, cues, plan_prompts, read_prompts
     from ispa_deploy.run import run_stream, stop_on_interrupt
     from quant.audit import assert_ran, audit
 
@@ -391,13 +392,21 @@ def _run(
         output_path(save_deltas, ".safetensors", "deltas")
         if outputs.latents is not None and save_deltas.absolute() == outputs.latents.absolute():
             raise InputError(f"--latents and --save-deltas are both '{save_deltas}': give them two names")
-    switches = [switch_of(text, options.frames) for text in prompts.at or ()]
+    later = [switch_of(text, options.frames) for text in prompts.at or ()]
+    if prompts.prompts is not None:
+        later += read_prompts(prompts.prompts, options.frames)
+    first, later = plan_prompts(prompts.prompt, later)
     stored = load_deltas(files.deltas, base_sha256=bundle.base_sha256, spec=bundle.spec) if files.deltas else None
-    stream = bundle.stream(prompts.prompt, options, deltas=stored, switches=switches)
+    stream = bundle.stream(first, options, deltas=stored, switches=later)
+    planned = cues(first, later, stream.chunks)
+    for cue in planned[1:]:
+        say(cue.line(len(stream.chunks)))
     if save_deltas is not None:
         check_deltas_to_come(stream)
+    live = LivePrompts(sys.stdin.fileno(), bundle.text_rows, say) if prompts.live else None
     with stop_on_interrupt() as stop, progress_bar() as show:
-        document = run_stream(stream, outputs, on_progress=show, stop=stop)
+        border = (lambda index: live.follow(stream, index)) if live else (lambda _: None)
+        document = run_stream(stream, outputs, on_progress=show, stop=stop, on_border=border)
     for note in document["absorption"]["notes"]:
         say(f"note: {note}")
     if save_deltas is not None and (stream.absorber.deltas or document["complete"]):
@@ -407,7 +416,8 @@ def _run(
     for warning in warnings:
         say(f"warning: {warning}")
     return {
-        "prompt": prompts.prompt,
+        "prompt": first,
+        "prompts": [cue.to_dict() for cue in (*planned, *(live.cues if live else ()))],
         "seed": options.seed,
         "bundle": str(bundle.folder),
         **document,

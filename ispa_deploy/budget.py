@@ -30,9 +30,8 @@ class Setup:
     """What a stream's memory depends on, named as the flags of `run` and `quantize`.
 
     `scheme` other than `none`: one byte for each weight of the linears in `quantised` (None: all of the blocks').
-    `scored`: layers are ranked by their error, which takes statistics even where nothing is absorbed. `kv_bytes`: bytes
-    of a cached number where that is not the dtype's. `vae`: the Wan VAE decodes on the device. `offload`: it rests on
-    the CPU while it has nothing to do.
+    `scored`: layers are ranked by their error, which takes statistics even where nothing is absorbed. `vae`: the Wan
+    VAE decodes on the device. `offload`: it rests on the CPU while it has nothing to do.
     """
 
     dtype: str = "bfloat16"
@@ -51,7 +50,7 @@ class Setup:
     stats_double: bool = False
     stats_device: str | None = None
     batch: int = 1
-    kv_bytes: float | None = None
+    kv_dtype: str = "auto"
     vae: bool = False
     offload: bool = False
 
@@ -115,8 +114,8 @@ def predict(spec: ModelSpec, setup: Setup | None = None) -> Budget:
     return Budget(
         weights=weight_bytes(spec, setup),
         text_kv=2 * setup.batch * spec.text_len * spec.dim * spec.layers * ITEM_BYTES[setup.dtype],
-        kv_full=int(frame * spec.window_frames * spec.layers),
-        kv=int(frame * (spec.window_frames * (spec.layers - local) + kept * local)),
+        kv_full=frame * spec.window_frames * spec.layers,
+        kv=frame * (spec.window_frames * (spec.layers - local) + kept * local),
         kv_scratch=_scratch(spec, setup, kept if local else None),
         wide_sink_full=_wide_sink(spec, setup) * spec.layers if not local or setup.warmup > spec.window_frames else 0,
         wide_sink=_wide_sink(spec, setup) * (spec.layers - local),
@@ -160,10 +159,12 @@ def weight_bytes(spec: ModelSpec, setup: Setup) -> int:
     return total
 
 
-def kv_frame_bytes(spec: ModelSpec, setup: Setup) -> float:
-    """Keys and values of one frame in one layer."""
-    item = ITEM_BYTES[setup.dtype] if setup.kv_bytes is None else setup.kv_bytes
-    return 2 * setup.batch * spec.frame_tokens * spec.dim * item
+def kv_frame_bytes(spec: ModelSpec, setup: Setup) -> int:
+    """Keys and values of one frame in one layer; in 8 bits with a scale of two bytes for each token and head."""
+    numbers = 2 * setup.batch * spec.frame_tokens * spec.dim
+    if setup.kv_dtype == "auto":
+        return numbers * ITEM_BYTES[setup.dtype]
+    return numbers + 2 * numbers // spec.head_dim
 
 
 def _patch(spec: ModelSpec) -> int:
@@ -188,16 +189,17 @@ def _local_layers(spec: ModelSpec, setup: Setup, policy: Policy) -> int:
 
 
 def _scratch(spec: ModelSpec, setup: Setup, kept: int | None) -> int:
-    """Shared by all layers and in the dtype: rotated keys, and an L-layer's keys and values beside the chunk's."""
+    """Shared by all layers and in the dtype: a window rotated or decoded, an L-layer's frames beside the chunk's."""
     one = setup.batch * spec.frame_tokens * spec.dim * ITEM_BYTES[setup.dtype]
+    decoded = 0 if setup.kv_dtype == "auto" else spec.window_frames
     rotated = spec.window_frames if spec.rope == "window" else 0
-    chunk = max(spec.chunk_frames, spec.first_chunk_frames)
-    return one * (rotated + (0 if kept is None else 2 * (kept + chunk)))
+    local = 0 if kept is None else kept + max(spec.chunk_frames, spec.first_chunk_frames)
+    return one * (max(decoded, rotated, local) + max(decoded, local))
 
 
 def _wide_sink(spec: ModelSpec, setup: Setup) -> int:
     """One layer's, from the first eviction on."""
-    if spec.ema_sink is None or not spec.ema_wide or setup.dtype == "float32":
+    if spec.ema_sink is None or not spec.ema_wide or (setup.dtype, setup.kv_dtype) == ("float32", "auto"):
         return 0
     return 2 * WIDE * setup.batch * spec.frame_tokens * spec.dim * spec.sink_frames
 

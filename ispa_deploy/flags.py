@@ -27,12 +27,13 @@ def check_deltas_to_come(stream: Stream) -> None:
         )
 
 
-def switch_of(text: str, frames: int) -> tuple[int, str]:
+def switch_of(text: str, frames: int, where: str = "--at") -> tuple[int, str]:
+    """FRAME:PROMPT -> (frame, prompt). InputError that begins with `where` and the text."""
     frame, colon, prompt = text.partition(":")
     if not colon or not frame.strip().isdecimal():
-        raise InputError(f"--at '{text}': expected FRAME:PROMPT, for example 24:a blue square")
+        raise InputError(f"{where} '{text}': expected FRAME:PROMPT, for example 24:a blue square")
     if int(frame) >= frames:
-        raise InputError(f"--at '{text}': expected a frame before the stream's end, --frames {frames}")
+        raise InputError(f"{where} '{text}': expected a frame before the stream's end, --frames {frames}")
     return int(frame), prompt.strip()
 
 

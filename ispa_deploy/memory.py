@@ -54,6 +54,7 @@ def setup_of(stream: Stream) -> Setup:
         stats_double=absorber.settings.double,
         stats_device=absorber.stats_device,
         batch=cache.batch,
+        kv_dtype=cache.kv_dtype,
     )
 
 

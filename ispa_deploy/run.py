@@ -77,8 +77,11 @@ def run_stream(
     *,
     on_progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    on_border: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Iterate the stream, write the outputs and return the run's report as plain JSON types.
+
+    `on_border` is called between chunks with the number of the next one, whose prompt it may still change.
 
     InputError before the first chunk where an output or the delta mode cannot be had. RunError naming the chunk when
     latents are not finite or memory runs out; no output is left then.
@@ -110,6 +113,7 @@ def run_stream(
                 on_progress(progress_of(stream, tally, time.perf_counter() - started))
             if stop():
                 break
+            on_border(chunk.index + 1)
             clock = time.perf_counter()
     wall = time.perf_counter() - started
     _write(outputs, tally)

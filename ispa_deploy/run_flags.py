@@ -46,6 +46,12 @@ class PromptFlags:
         Path | None, typer.Option(help="Text rows from a safetensors file, for models without a text encoder here.")
     ] = None
     at: Annotated[list[str] | None, typer.Option(help="FRAME:PROMPT, a later prompt; repeatable.")] = None
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file of prompts, `FRAME: prompt` on each line; frame 0 replaces --prompt.")
+    ] = None
+    live: Annotated[
+        bool, typer.Option("--live", help="Each line of stdin is the prompt from the next chunk on, until it ends.")
+    ] = False
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ CASES: list[tuple[ModelSpec, str, torch.dtype, dict[str, Any]]] = [
     (WINDOW, "none", torch.bfloat16, {"policy": "full"}),
     (EMA, "none", torch.bfloat16, {}),
     (EMA, "w8a8-int8", torch.bfloat16, {"policy": "window", "window": 9}),
+    (EMA, "none", torch.float32, {"kv_dtype": "int8"}),
+    (SPEC, "w8a8-int8", torch.bfloat16, {"kv_dtype": "int8", "recent_frames": 3}),
     (FIRST, "none", torch.bfloat16, {"warmup": 10, "delta": "fold"}),
     (FIRST, "none", torch.bfloat16, {"warmup": 10, "policy": "no-sink", "ratio": 0.5}),
     (DEEP, "w8a8-int8", torch.bfloat16, {"policy": "sink-local", "ranking": "random"}),
