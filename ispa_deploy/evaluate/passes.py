@@ -13,12 +13,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ispa_deploy.model import TextKV
 from ispa_deploy.stream import Stream
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Pass:
-    """One forward pass: `step` counts within the chunk, `clean` marks the last one, which writes the history.
+    """One forward pass: `step` counts within the chunk, `clean` marks the one whose keys the history keeps.
 
     `TEXT` is what runs once before the first chunk: the text's keys and values.
     """
@@ -58,16 +59,19 @@ class ToldStream(Stream):
         self._last = (-1, -1)
 
     def _velocity(self, x: Tensor, timestep: float) -> Tensor:
-        self._tell(x, timestep)
+        self._tell(x, timestep, clean=False)
         return super()._velocity(x, timestep)
 
-    def _store(self, latents: Tensor, timestep: float) -> None:
-        self._tell(latents, timestep)
-        super()._store(latents, timestep)
+    def _store(self, latents: Tensor, timestep: float, text: TextKV) -> None:
+        self._tell(latents, timestep, clean=True)
+        super()._store(latents, timestep, text)
+
+    def _follow_prompt(self, start: int) -> None:
+        super()._follow_prompt(start)
+        self._last = (self._chunk_of[start], -1)
 
     @torch.inference_mode()
-    def _tell(self, x: Tensor, timestep: float) -> None:
+    def _tell(self, x: Tensor, timestep: float, *, clean: bool) -> None:
+        self._last = (self._last[0], self._last[1] + 1)
         if self.before is not None:
-            chunk = self._chunk_of[self.cache.start]
-            self._last = (chunk, self._last[1] + 1 if self._last[0] == chunk else 0)
-            self.before(Pass(*self._last, timestep, self.cache.committing), x)
+            self.before(Pass(*self._last, timestep, clean), x)
