@@ -18,7 +18,8 @@ import torch
 
 from export.manifest import checked, finite
 from export.tensors import FLOATS, Entry, Shape, check_finite, few, listing, reading, write_tensors
-from ispa_deploy.absorb.absorber import Absorber, LayerRecord
+from ispa_deploy.absorb.absorber import Absorber
+from ispa_deploy.absorb.records import LayerRecord
 from ispa_deploy.absorb.solve import Ridge
 from ispa_deploy.delta import DELTA_MODES, Delta
 from ispa_deploy.errors import InputError, RunError

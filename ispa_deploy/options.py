@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ispa_deploy.absorb.absorber import Absorber, Choice
+from ispa_deploy.absorb.absorber import Absorber
 from ispa_deploy.absorb.presets import Settings, settings_for
+from ispa_deploy.absorb.records import Choice
 from ispa_deploy.absorb.solve import Ridge
 from ispa_deploy.cache import KVCache
 from ispa_deploy.context import Encoder
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class StreamOptions:
     """Flags of `run`. None means: what the preset says. `delta_dtype` None: the model's own dtype.
+
+    `spread_solve`: chunks after the warm-up over whose passes the solve is spread; 0: at once, as published.
 
     `full_commit` runs clean passes to their end, as upstream, and not only as far as a layer keeps something of them.
     `kv_dtype`: how frames are held between chunks, `auto` (the model's own dtype), `int8` or `fp8`.
@@ -53,6 +56,7 @@ class StreamOptions:
     delta_dtype: torch.dtype | None = None
     stats_double: bool | None = None
     stats_device: str | None = None
+    spread_solve: int = 0
     backend: str = "auto"
     full_commit: bool = False
     kv_dtype: str = "auto"
@@ -111,6 +115,7 @@ def open_stream(
         mode=options.delta,
         dtype=options.delta_dtype or model.dtype,
         stats_device=options.stats_device,
+        spread=options.spread_solve,
     )
     if deltas is not None:
         absorber.adopt(deltas)

@@ -92,6 +92,9 @@ class StreamFlags:
     stats_device: Annotated[str | None, typer.Option(help="Where statistics are summed; `cpu` saves GPU memory.")] = (
         None
     )
+    spread_solve: Annotated[
+        int, typer.Option(min=0, help="Solve over the passes of this many chunks, then switch; 0: at once.")
+    ] = 0
     backend: Annotated[str, typer.Option("--attention", help="Attention backend; auto is the best that runs here.")] = (
         "auto"
     )

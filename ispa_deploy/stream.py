@@ -139,7 +139,9 @@ class Stream:
         return self.sampler.denoise(index, self._velocity, lambda step: self.noise(index, count, step))
 
     def _velocity(self, x: Tensor, timestep: float) -> Tensor:
-        return self.model(x, self._condition(timestep), self.text, self.cache)
+        velocity: Tensor = self.model(x, self._condition(timestep), self.text, self.cache)
+        self.absorber.after_pass()
+        return velocity
 
     @torch.inference_mode()
     def _commit(self, latents: Tensor, start: int) -> None:
@@ -156,6 +158,7 @@ class Stream:
         stores = None if self.full_commit else self.cache.storing_layers()
         if stores != 0:
             self.model(latents, self._condition(timestep), text, self.cache, stores)
+            self.absorber.after_pass()
 
     @torch.inference_mode()
     def _encoded(self, rows: Tensor) -> TextKV:

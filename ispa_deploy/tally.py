@@ -141,6 +141,7 @@ def _options(stream: Stream) -> dict[str, Any]:
         "ratio": absorber.choice.ratio,
         "layers": absorber.choice.layers,
         "delta": absorber.mode,
+        "spread_solve": absorber.spread,
         "recent_frames": cache.recent,
         "window": cache.spec.window_frames,
         "attention": cache.backend,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ispa_deploy.absorb.absorber import Choice
 from ispa_deploy.absorb.presets import PRESETS, settings_for
-from ispa_deploy.absorb.solve import RETRIES, Ridge, solve
+from ispa_deploy.absorb.records import Choice, LayerRecord
+from ispa_deploy.absorb.solve import RETRIES, Ridge, Solution, solve
 from ispa_deploy.absorb.stats import Statistics
 from ispa_deploy.errors import InputError
 from tests.reference import ridge as dense_ridge
@@ -220,6 +220,7 @@ def _watched(**options: object) -> tuple[object, list[tuple[int, int, Tensor, Te
     """A stream, and all rows its absorber was shown: (chunk start, layer, a, e)."""
     stream, seen = tiny_stream(tiny_model(), **options), []
     listen = stream.absorber._observe
+    stream.solved = _solutions(stream)
 
     def observe(layer: int, local: Tensor, full: Tensor) -> None:
         a = local[0].flatten(1).double()
@@ -228,6 +229,19 @@ def _watched(**options: object) -> tuple[object, list[tuple[int, int, Tensor, Te
 
     stream.absorber._observe = observe  # type: ignore[method-assign]
     return stream, seen
+
+
+def _solutions(stream) -> dict[int, Solution]:  # type: ignore[no-untyped-def]
+    """Every layer's solution with its ΔW, which the absorber does not keep."""
+    found, solve_layer = {}, stream.absorber._solve
+
+    def solve_and_keep(layer: int) -> LayerRecord:
+        record = solve_layer(layer)
+        found[layer] = record.solution
+        return record
+
+    stream.absorber._solve = solve_and_keep
+    return found
 
 
 def _stack(
@@ -262,8 +276,10 @@ def test_tuned_counts_rows_with_history_and_lets_them_fade(tuned_run) -> None:  
         a, e, share = _stack(seen, layer, [3, 6, 9], halving=True)
         target = e @ stream.model.blocks[layer].self_attn.o.weight.detach().double().T
         weight, bias = _fit(a, target, share, 1e-2)
-        torch.testing.assert_close(record.solution.weight.T, weight, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(record.solution.bias, bias, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stream.solved[layer].weight.T, weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stream.solved[layer].bias, bias, rtol=1e-5, atol=1e-6)
+        assert record.solution.weight is None
+        assert not record.solution.failed
 
 
 def test_held_out_ranking_fits_early_rows_and_scores_late_ones(tuned_run) -> None:  # type: ignore[no-untyped-def]
@@ -289,7 +305,7 @@ def test_paper_counts_all_rows_alike_and_ranks_in_sample() -> None:
         a, e, _ = _stack(seen, layer, [0, 3, 6, 9], halving=False)
         target = e @ stream.model.blocks[layer].self_attn.o.weight.detach().double().T
         weight, _ = dense_ridge(a, target, 1e-3)
-        torch.testing.assert_close(record.solution.weight.T, weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stream.solved[layer].weight.T, weight, rtol=1e-4, atol=1e-5)
         errors.append(float((a @ weight - target).square().sum()))
         assert record.score == pytest.approx(errors[-1], rel=1e-4)
     assert stream.absorber.local_layers() == sorted(sorted(range(SPEC.layers), key=errors.__getitem__)[:2])
@@ -368,11 +384,10 @@ def test_adopted_corrections_are_the_ones_of_the_transition(mode: str, recent: i
 
 def test_corrections_are_rounded_to_what_would_be_stored() -> None:
     stream = tiny_stream(tiny_model(), frames=12, delta_dtype=torch.bfloat16)
+    solved = _solutions(stream)
     latents_of(stream)
     for layer, delta in stream.absorber.deltas.items():
-        solution = stream.absorber.records[layer].solution
-        assert solution is not None
-        assert solution.weight is not None
+        solution = solved[layer]
         assert torch.equal(delta.weight, (stream.absorber.settings.share * solution.weight).bfloat16())
         assert delta.bias is not None
         assert delta.bias.dtype == torch.float32

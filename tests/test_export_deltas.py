@@ -17,7 +17,7 @@ import export.deltas
 from export import StoredDeltas, load_deltas, save_deltas, save_deltas_of
 from export.bundle import stand_in_rows
 from export.sources import initialise_
-from ispa_deploy.absorb.absorber import LayerRecord
+from ispa_deploy.absorb.records import LayerRecord
 from ispa_deploy.absorb.solve import Ridge
 from ispa_deploy.delta import Delta
 from ispa_deploy.errors import InputError, RunError

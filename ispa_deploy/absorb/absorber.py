@@ -1,10 +1,12 @@
 """From warm-up to transition: one stream's absorption, stage by stage, every stage observable.
 
-    full ──begin──► warm-up ──T_warm frames──► absorbed ──recalibrate──► warm-up …
+    full ──begin──► warm-up ──T_warm frames──► [solving ──spread chunks──►] absorbed ──recalibrate──► warm-up …
 
 During the warm-up every F-layer's local and full attention outputs are summed up. At the transition each layer is
-solved, the layers are ranked by their error, and the K best become L-layers: history freed, correction on. Layers are
-never written to for good: leaving the session, also by an exception, restores the original weights bit for bit.
+solved, the layers are ranked by their error, and the K best become L-layers: history freed, correction on. With
+`spread` the layers are solved one by one between the passes of the next chunks, and the switch comes after those.
+Layers are never written to for good: leaving the session, also by an exception, restores the original weights bit for
+bit.
 """
 
 from __future__ import annotations
@@ -12,15 +14,17 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ispa_deploy.absorb.presets import Settings
+from ispa_deploy.absorb.records import Choice, LayerRecord
+from ispa_deploy.absorb.rows import stride_of, thinned
 from ispa_deploy.absorb.solve import Solution, solve
-from ispa_deploy.absorb.stats import Statistics
+from ispa_deploy.absorb.stats import Statistics, Weight
 from ispa_deploy.cache import KVCache
 from ispa_deploy.delta import Delta, DeltaTarget, resting
 from ispa_deploy.errors import InputError
@@ -29,39 +33,11 @@ from ispa_deploy.regions import region
 
 
 @dataclass
-class LayerRecord:
-    """What is known of one layer: its solution, the score it was ranked by (None: unscored) and whether it is local."""
-
-    solution: Solution | None = None
-    score: float | None = None
-    local: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        solution = self.solution
-        fields = ("ridge", "condition", "effective_rank", "residual", "gap", "status")
-        details = {name: getattr(solution, name) for name in fields} if solution else {}
-        return {"kind": "L" if self.local else "F", "score": self.score, **details}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Which layers become local: `ratio` of them by rank, or exactly `layers`."""
-
-    ratio: float = 0.5
-    layers: tuple[int, ...] | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.ratio <= 1:
-            raise InputError(f"ratio {self.ratio}: expected a share of the layers between 0 and 1")
-
-    def count(self, layers: int) -> int:
-        return int(self.ratio * layers + 0.5) if self.layers is None else len(self.layers)
-
-
-@dataclass
 class Absorber:
-    """The absorption of one stream. `targets` are the layers' output projections, first layer first."""
+    """The absorption of one stream. `targets` are the layers' output projections, first layer first.
+
+    `spread`: chunks over whose passes the transition's solves are spread; 0: all at once, as published.
+    """
 
     targets: Sequence[DeltaTarget]
     cache: KVCache
@@ -71,6 +47,7 @@ class Absorber:
     mode: str = "auto"
     dtype: torch.dtype = torch.float32
     stats_device: str | None = None
+    spread: int = 0
 
     def __post_init__(self) -> None:
         spec = self.cache.spec
@@ -81,8 +58,12 @@ class Absorber:
         self._late: list[Statistics] = []
         self._active: list[Statistics] | None = None
         self._since = 0
-        self._stride, self._phase = 1, 0
+        self._stride, self._phase = 1.0, 0
+        self._taken: Tensor | None = None
+        self._passes, self._delay = 0, 0
         self._open = False
+        if self.spread < 0:
+            raise InputError(f"solve spread over {self.spread} chunks: expected 0 (at once) or more")
         if not self.policy.localises:
             return
         self.settings.check(spec.chunk_frames, spec.first_chunk_frames or spec.chunk_frames)
@@ -124,16 +105,29 @@ class Absorber:
             for stats in (*self._early, *self._late):
                 stats.scale(0.5 ** (count / self.settings.half_life))
         last = start + count - self._since >= self.settings.warmup
-        self._active = self._late if last else self._early
+        self._active = self._late if last and self._late else self._early
         has_history = start > 0
         self.cache.observer = self._observe if has_history or self.settings.all_rows else None
 
     def after_chunk(self, end: int) -> None:
-        """Called when the chunk is committed; at the end of the warm-up this is the transition."""
+        """Called when the chunk is committed; at the end of the warm-up this is the transition, or its beginning."""
         self.cache.observer = None
         if self.state == "warm-up" and end - self._since >= self.settings.warmup:
+            self.state, self._passes = "solving", 0
+            self._delay = self.spread * self.cache.spec.chunk_frames if self._early else 0
+        if self.state == "solving" and end - self._since >= self.settings.warmup + self._delay:
             with region("overhead.solve"):
                 self._transition()
+
+    def after_pass(self) -> None:
+        """Called when a pass has ended: while solving, this pass's share of the layers is solved."""
+        self._phase, self._taken = self._phase + 1, None
+        if self.state != "solving":
+            return
+        self._passes += 1
+        passes = self.spread * self.cache.spec.passes
+        with region("overhead.solve"):
+            self._solve_up_to(-(-len(self.targets) * self._passes // passes))
 
     def recalibrate(self, frame: int) -> None:
         """Back to full attention with what is cached, corrections off, and a new warm-up from `frame` on."""
@@ -145,6 +139,7 @@ class Absorber:
                 self.cache.globalise(layer)
         self.records = [LayerRecord() for _ in self.targets]
         self.deltas = {}
+        self._early, self._late, self._active = [], [], None
         self._start_warmup(frame)
 
     def adopt(self, deltas: dict[int, Delta]) -> None:
@@ -160,22 +155,18 @@ class Absorber:
         if not self._needs_statistics():
             return
         kind = torch.float64 if self.settings.double else torch.float32
-        weights = [target.reference_weight() for target in self.targets]
+        weights = [_weight_of(target) for target in self.targets]
         self._early, self._late = (
-            [Statistics(weight, dtype=kind, device=self.stats_device) for weight in weights] for _ in range(2)
+            [Statistics(weight, dtype=kind, device=self.stats_device) for weight in weights[:count]]
+            for count in (None, None if self.settings.ranking == "heldout" else 0)
         )
-        self._stride = self._row_stride(weights[0].shape[1])
+        spec, width = self.cache.spec, len(self._early[0].cross)
+        rows = (self.settings.warmup - spec.chunk_frames) * self.cache.frame_tokens * spec.passes
+        self._stride = stride_of(rows, self.settings.rows_per_width, width)
 
     def _needs_statistics(self) -> bool:
         ranked = self.choice.layers is None and self.settings.ranking != "random"
         return (self.policy.absorbs or ranked) and self.choice.count(len(self.targets)) > 0
-
-    def _row_stride(self, width: int) -> int:
-        if self.settings.rows_per_width is None:
-            return 1
-        spec = self.cache.spec
-        rows = (self.settings.warmup - spec.chunk_frames) * self.cache.frame_tokens * spec.passes
-        return max(1, rows // (self.settings.rows_per_width * width))
 
     def _observe(self, layer: int, local: Tensor, full: Tensor) -> None:
         if full is local and not self.settings.all_rows:  # this layer has no history yet, or again
@@ -183,35 +174,55 @@ class Absorber:
         with region("overhead.statistics"):
             assert self._active is not None
             assert local.shape[0] == 1, "absorption is per video: open_stream lets no batch through to it"
-            if layer == 0:
-                self._phase += 1  # another offset each pass: a fixed one could meet the same image columns every time
-            rows = slice(self._phase % self._stride, None, self._stride)
-            a = local[0, rows].flatten(1)
-            gap = full[0, rows].flatten(1).float() - a.float()
-            self._active[layer].update(a, gap, weight=self._stride)
+            a, f = local[0].flatten(1), full[0].flatten(1)
+            count = len(a)
+            if self._stride > 1:
+                if self._taken is None:
+                    self._taken = thinned(count, self._stride, self._phase).to(a.device)
+                a, f = a[self._taken], f[self._taken]
+            self._active[layer].update_pair(a, f, weight=count / len(a))
 
     def _transition(self) -> None:
+        """Solve what is left to be solved, rank, and make the best layers local."""
         count = self.choice.count(len(self.targets))
-        if self._early:
-            for layer in range(len(self.targets)):
-                self.records[layer] = self._solve(layer)
+        self._solve_up_to(len(self.targets))
         for layer in self._ranked():
             if sum(record.local for record in self.records) == count:
                 break
-            solution = self.records[layer].solution
-            if not self.policy.absorbs:
-                self._localise(layer, None)
-            elif solution is not None and not solution.failed:
-                self._localise(layer, self._delta(solution))
+            record = self.records[layer]
+            if not self.policy.absorbs or record.delta is not None:
+                self._localise(layer, record.delta)
+        for record in self.records:
+            record.delta = None
         self._early, self._late, self._active = [], [], None
         self.state = "absorbed"
 
+    def _solve_up_to(self, layers: int) -> None:
+        """Solve layers in order until `layers` are solved; a solved layer's sums are freed."""
+        for layer in range(len(self.targets) - len(self._early), min(layers, len(self.targets))):
+            if not self._early:
+                return
+            self.records[layer] = self._keep(self._solve(layer))
+            del self._early[0], self._late[:1]
+
+    def _keep(self, record: LayerRecord) -> LayerRecord:
+        """Of a solved layer the delta stays, in the dtype it is stored in, and the figures of its solution."""
+        solution = record.solution
+        assert solution is not None
+        if self.policy.absorbs and not solution.failed:
+            record.delta = self._delta(solution)
+        record.solution = replace(solution, weight=None, bias=None)
+        return record
+
     def _solve(self, layer: int) -> LayerRecord:
         """Fit on all rows; the score is the error in sample, or that of a fit to the early rows on the late ones."""
-        settings, early, late = self.settings, self._early[layer], self._late[layer]
-        solution = solve(early + late, settings.ridge, intercept=settings.intercept)
+        settings, device = self.settings, self.cache.device
+        index = layer - len(self.targets) + len(self._early)
+        early = self._early[index].to(device)
+        late = self._late[index].to(device) if self._late else None
+        solution = solve(early if late is None else early + late, settings.ridge, intercept=settings.intercept)
         score = None if solution.failed else solution.residual
-        if settings.ranking == "heldout" and not solution.failed:
+        if late is not None and not solution.failed:
             trial = solve(early, settings.ridge, intercept=settings.intercept)
             score = None if trial.weight is None else late.residual(trial.weight, trial.bias)
         return LayerRecord(solution, score)
@@ -258,6 +269,8 @@ class Absorber:
         if self.state == "warm-up":
             frames = self.settings.warmup
             notes.append(f"the stream ended within its warm-up of {frames} frames: every layer ran on the full cache")
+        if self.state == "solving":
+            notes.append("the stream ended before its transition was solved: every layer ran on the full cache")
         troubled = {layer: r.solution.status for layer, r in enumerate(self.records) if r.solution}
         notes += [f"layer {layer}: {status}" for layer, status in troubled.items() if status != "ok"]
         return notes
@@ -266,8 +279,9 @@ class Absorber:
         return [layer for layer, record in enumerate(self.records) if record.local]
 
     def statistics_bytes(self) -> int:
-        """Bytes of both accumulators and of the reference weights they share."""
-        return sum(s.nbytes() for s in (*self._early, *self._late)) + sum(s.weight.nbytes for s in self._early)
+        """Bytes of the sums, and of what solved layers hold until the layers that become local are chosen."""
+        solved = sum(record.delta.nbytes for record in self.records if record.delta is not None)
+        return sum(s.nbytes() for s in (*self._early, *self._late)) + solved
 
     def delta_bytes(self) -> int:
         return sum(target.delta_nbytes() for target in self.targets)
@@ -281,3 +295,8 @@ class Absorber:
             "layers": [record.to_dict() for record in self.records],
             "notes": self.notes(),
         }
+
+
+def _weight_of(target: DeltaTarget) -> Weight:
+    """The layer's own tensor where it has one in floating point, else made for each use: no copy of it stays."""
+    return target.weight.detach() if isinstance(target, nn.Linear) else target.reference_weight

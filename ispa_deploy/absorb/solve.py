@@ -37,9 +37,9 @@ class Ridge:
 
 @dataclass(frozen=True)
 class Solution:
-    """ΔW (O, I) and bias change (O,) or None in float64; λ used; condition of G + λI; effective rank tr(G)²/‖G‖²_F;
-    `residual` on the rows of the fit and `gap`, what it was without ΔW. `status`: `ok`, `ridge raised x10^k` or
-    `failed: why`."""
+    """ΔW (O, I) and bias change (O,) or None in float64, both None where a delta was made of them; λ used; condition of
+    G + λI; effective rank tr(G)²/‖G‖²_F; `residual` on the rows of the fit and `gap`, what it was without ΔW. `status`:
+    `ok`, `ridge raised x10^k` or `failed: why`."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -52,7 +52,7 @@ class Solution:
 
     @property
     def failed(self) -> bool:
-        return self.weight is None
+        return self.status.startswith("failed")
 
 
 def solve(stats: Statistics, ridge: Ridge, *, intercept: bool = False) -> Solution:
