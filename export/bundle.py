@@ -20,6 +20,7 @@ from export.write import write_bundle
 from ispa_deploy.errors import InputError, known_names
 from ispa_deploy.media.text import PromptReader
 from ispa_deploy.model import CausalWanDiT
+from ispa_deploy.networks import network_of
 from ispa_deploy.options import StreamOptions, open_stream
 from ispa_deploy.specs import ModelSpec
 from ispa_deploy.stream import Decoder, Stream
@@ -235,7 +236,7 @@ def _contents(shards: Sequence[Path]) -> dict[str, tuple[str, Shape]]:
 def _skeleton(manifest: Manifest, found: Collection[str]) -> CausalWanDiT:
     """The network without storage, with empty quantised layers where the manifest says so."""
     with torch.device("meta"):
-        model = CausalWanDiT(manifest.spec)
+        model = network_of(manifest.spec)
     smoothed = [name for name in manifest.quantised if f"{name}.pre_quant_scale" in found]
     empty_quantised_(model, SCHEMES[manifest.scheme], manifest.quantised, _plan(manifest), smoothed)
     return model

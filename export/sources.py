@@ -22,6 +22,7 @@ from export.manifest import Source, combined, file_digest
 from export.tensors import Shape, aligned, check_finite, check_names, check_shapes
 from ispa_deploy.errors import InputError
 from ispa_deploy.model import CausalWanDiT
+from ispa_deploy.networks import network_of
 from ispa_deploy.specs import SPECS, ModelSpec, spec_for
 
 DEMO_WEIGHTS = Path(ispa_deploy.demo.__file__).with_name("weights.safetensors")
@@ -134,7 +135,7 @@ def with_lora(source: Source, file: Path, adapter: Lora) -> Source:
 def empty(spec: ModelSpec) -> CausalWanDiT:
     """The network without memory for its weights."""
     with torch.device("meta"):
-        return CausalWanDiT(spec)
+        return network_of(spec)
 
 
 def shapes_of(spec: ModelSpec) -> dict[str, Shape]:

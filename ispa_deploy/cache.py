@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, reduce
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +54,20 @@ class Frames(Protocol):
     def stored(self, k: Tensor) -> Tensor: ...
     def seen(self, k: Tensor, frames: list[int]) -> Tensor: ...
     def scratch(self, name: str, frames: int) -> Tensor: ...
+
+
+class LayerCache(Protocol):
+    """What one layer holds of a stream."""
+
+    def begin(self, start: int, count: int) -> None: ...
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, frames: Any, /) -> Tensor: ...
+    def store(self, k: Tensor, v: Tensor, frames: Any, /) -> None: ...
+    def nbytes(self) -> int: ...
+
+    @property
+    def stores(self) -> bool: ...
+    @property
+    def keeps(self) -> bool: ...
 
 
 class WindowCache:
@@ -289,7 +303,11 @@ class KVCache:
         self._turn = torch.empty(0)
         self._turns: dict[tuple[int, ...], Tensor] = {}
         self._scratch: dict[str, Tensor] = {}
-        self._layers: list[WindowCache | LocalCache] = [self._window() for _ in range(spec.layers)]
+        self._layers: list[LayerCache] = [self._fresh() for _ in range(spec.layers)]
+
+    def _fresh(self) -> LayerCache:
+        """An F-layer at the stream's beginning."""
+        return self._window()
 
     def _window(self) -> WindowCache:
         spec = self.spec
@@ -421,8 +439,10 @@ class KVCache:
 
     def _refill(self, index: int, k: Tensor, v: Tensor) -> None:
         """Keys as stored and values (B, S, H, D) of the context pass."""
+        layer = self._layers[index]
+        assert isinstance(layer, WindowCache | LocalCache)
         with region("attention.cache"):
-            self._layers[index].refill(self._context, self.by_frame(k), self.by_frame(v))
+            layer.refill(self._context, self.by_frame(k), self.by_frame(v))
 
     # -- asked by the layer caches
 
@@ -467,6 +487,7 @@ class KVCache:
         if isinstance(cache, LocalCache):
             order, frames = sorted(range(len(cache.frames)), key=cache.frames.__getitem__), cache.frames
         else:
+            assert isinstance(cache, WindowCache)
             order, frames = cache.slots.temporal(), cache.slots.frames
         held = [[store.frame(slot) for slot in order] for store in (cache.k, cache.v)]
         k, v = (torch.stack(each, 1) if each else self._layout.buffer(0) for each in held)

@@ -218,6 +218,10 @@ class CausalWanDiT(nn.Module):
                 memory.store(index, *block.keys(x, condition.blocks[index]))
                 return x.new_empty(0)
             x = block(x, condition.blocks[index], text.layers[index], memory.layer(index), memory.cross)
+        return self._velocity(x, condition, grid)
+
+    def _velocity(self, x: Tensor, condition: Conditioning, grid: tuple[int, int]) -> Tensor:
+        """The last layer's (B, F, T, C) -> (B, F, c, H, W)."""
         with region("overhead.norm"):
             shift, scale = condition.head
             x = _modulate(x, scale, shift, self.spec.eps)

@@ -28,6 +28,7 @@ ROWS: dict[str, str] = {
     "overhead.statistics": "absorption statistics",
     "overhead.solve": "solve and transition",
     "overhead.text": "text encoding",
+    "overhead.audio": "audio encoding",
     "overhead.decode": "decoding to pixels",
     "overhead.python": "Python and launch gaps inside a pass",
 }

@@ -58,6 +58,15 @@ class Schedule:
         sigmas = shift * sigma / (1 + (shift - 1) * sigma)
         return Schedule(tuple((sigmas * LEVELS).tolist()), tuple(sigmas.tolist()))
 
+    @staticmethod
+    def twice_shifted(count: int, shift: float) -> Schedule:
+        """diffusers' `FlowMatchEulerDiscreteScheduler(1000, shift).set_timesteps(count)`: it shifts its table, spreads
+        the steps evenly over what that leaves, and shifts them again."""
+        least = float(sigma_table(shift)[-1])
+        even = torch.linspace(LEVELS, LEVELS * least, count, dtype=torch.float64) / LEVELS
+        sigmas = (shift * even / (1 + (shift - 1) * even)).float()
+        return Schedule(tuple((sigmas * LEVELS).tolist()), tuple(sigmas.tolist()))
+
 
 def denoise_by_renoising(velocity: Velocity, noise: Noise, schedule: Schedule) -> Tensor:
     """x0 of a chunk: at each level predict x0 in float64, then mix in fresh noise of the next level."""
@@ -103,17 +112,22 @@ class ChunkNoise:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a model's chunks are denoised: the first one may take its own way."""
+    """How a model's chunks are denoised, by renoising or in `euler` steps: the first one may take its own way."""
 
     schedule: Schedule
     first: Schedule | None = None
+    euler: bool = False
 
     @staticmethod
     def of(spec: ModelSpec) -> Sampler:
+        if spec.sampling == "euler":
+            return Sampler(Schedule.twice_shifted(len(spec.steps), spec.shift), euler=True)
         first = Schedule.even(spec.first_steps, spec.shift) if spec.first_steps else None
         return Sampler(Schedule.few_step(spec.steps, spec.shift), first)
 
     def denoise(self, chunk: int, velocity: Velocity, noise: Noise) -> Tensor:
         if chunk == 0 and self.first is not None:
             return denoise_by_euler(velocity, noise, self.first)
+        if self.euler:
+            return denoise_by_euler(velocity, noise, self.schedule)
         return denoise_by_renoising(velocity, noise, self.schedule)

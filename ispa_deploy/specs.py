@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ispa_deploy.errors import InputError, known_names
 
 Rope = Literal["absolute", "window"]
+Sampling = Literal["renoise", "euler"]
 MAX_CONTEXT = 21  # frames that the 14B model was trained to look back over
 
 
@@ -30,6 +31,11 @@ class ModelSpec:
     `interpolate`: chunks over which a prompt turns into the next, the first of them still the old one; 0: at once.
     `temporal_stride`: pixel frames for each latent frame after the first, which is one.
     `first_steps`: Euler steps of the first chunk for a model that was not distilled to few steps; None: as any chunk.
+    `sampling`: `renoise`: x0 from velocity, then fresh noise; `euler`: as many Euler steps as there are `steps`, on
+    diffusers' schedule, which shifts twice (LiveAvatar).
+    `audio_blocks`: speech to video: the blocks after which audio enters, in the order of the injectors; their `window`
+    is a ring for each denoising step, and reference and motion frames are the sink. Empty: text to video.
+    `audio_states`, `audio_dim`: hidden states of the speech model and their width; `audio_tokens` for each frame.
     """
 
     name: str
@@ -60,10 +66,15 @@ class ModelSpec:
     max_frames: int = 1024
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     first_steps: int | None = None
+    sampling: Sampling = "renoise"
     shift: float = 5.0
     context_timestep: float = 0.0
     fps: int = 16
     temporal_stride: int = 4
+    audio_blocks: tuple[int, ...] = ()
+    audio_states: int = 25
+    audio_dim: int = 1024
+    audio_tokens: int = 4
     source: str = ""
     licence: str = ""
 
@@ -102,7 +113,7 @@ class ModelSpec:
     @property
     def passes(self) -> int:
         """Forward passes of a chunk whose rows are watched: denoising, and the clean pass where there is one."""
-        return len(self.steps) + (0 if self.reencodes else 1)
+        return len(self.steps) + (0 if self.reencodes or self.audio_blocks else 1)
 
     @property
     def head_dim(self) -> int:
@@ -171,6 +182,12 @@ _TABLE = (
         steps=(1000, 750, 500, 250, 0),
         source="krea/krea-realtime-video: krea-realtime-video-14b.safetensors",
         licence="code CC-BY-NC-SA-4.0; weights: see the model card",
+    ),
+    ModelSpec(
+        name="liveavatar-14b", **_LARGE, latent_height=48, latent_width=88, sink_frames=0, max_frames=45_000,  # type: ignore[arg-type]
+        sampling="euler", shift=3.0, fps=25, audio_blocks=(0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39),
+        source="Wan-AI/Wan2.2-S2V-14B + Quark-Vision/Live-Avatar: liveavatar.safetensors (--lora)",
+        licence="see the model cards",
     ),
     # The embedded model: no word of it but its size differs from the ones above (ispa_deploy/demo/MODEL_CARD.md).
     ModelSpec(

@@ -3,7 +3,8 @@
 A stream is causal, so its first chunks are a recording of their own. Kept: weights, prompt, noise, every renoise draw,
 the output, three velocities, the sampler's table, the last chunk's caches where the run was not cut short. Dropped:
 activations, inputs of single calls (the free-running replay makes them), snapshots. fp32, nothing is recomputed: the
-same input gives the same bytes.
+same input gives the same bytes. One exception: LiveAvatar's convolutions over the frames before the stream, which show
+a still image, are summed over time, since a third of the recording would be theirs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ CHUNKS = {
     "reward_forcing_alpha_tiny": 5,
     "self_forcing_i2v_tiny": 4,
 }
+AVATAR, AVATAR_CHUNKS = "liveavatar_tiny", 4
 
 KREA = "krea_tiny"
 
@@ -70,14 +72,41 @@ def trim_krea(fields: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[
     return {**about, "scenarios": scenarios, "calls": calls + pair}, tidy
 
 
+def trim_avatar(fields: dict[str, Any], tensors: dict[str, Tensor], chunks: int) -> tuple[dict[str, Any], Any]:
+    """Description and tensors of the first `chunks` chunks of the first scenario, which shows a still image."""
+    scenario = dict(fields["scenarios"][0])
+    name, per_clip = scenario["name"], scenario["blocks_per_clip"]
+    still = tensors[f"{name}/input/motion_latents/0"]
+    assert bool((still == tensors[f"{name}/input/ref_latents/0"]).all())
+    tokens = chunks * scenario["num_frame_per_block"] * scenario["tokens_per_latent_frame"]
+    calls = [call for call in fields["calls"] if call["scenario"] == name and call["current_start"] < tokens]
+    scenario["clips"] = -(-chunks // per_clip)
+    wanted = {value for call in calls for value in call["inputs"].values() if "motion" not in value}
+    wanted |= {f"{name}/timesteps"} | {f"{name}/block{chunk}/latents" for chunk in range(chunks)}
+    wanted |= {f"{name}/clip{clip}/noise" for clip in range(scenario["clips"])}
+    kept = {key: t for key, t in tensors.items() if key in wanted or key.startswith("weights/")}
+    for key in ("proj_2x", "proj_4x"):
+        kept[f"weights/frame_packer.{key}.weight"] = kept[f"weights/frame_packer.{key}.weight"].sum(2, keepdim=True)
+    about = {key: fields[key] for key in ("what", "upstream", "model_config", "torch")}
+    return {**about, "scenarios": [scenario], "calls": calls}, {key: t.contiguous() for key, t in sorted(kept.items())}
+
+
 def main() -> None:
     source = Path(os.environ["ISPA_PARITY_DIR"])
     DATA.mkdir(exist_ok=True)
-    for name in (*CHUNKS, KREA):
-        recorded = json.loads((source / f"{name}.json").read_text()), load_file(source / f"{name}.safetensors")
-        fields, tensors = trim_krea(*recorded) if name == KREA else trim(*recorded, CHUNKS[name])
-        (DATA / f"{name}.safetensors").write_bytes(save(tensors))
-        (DATA / f"{name}.json").write_text(json.dumps(fields, sort_keys=True) + "\n")
+    for name, chunks in CHUNKS.items():
+        _write(name, *trim(*_read(source, name), chunks))
+    _write(KREA, *trim_krea(*_read(source, KREA)))
+    _write(AVATAR, *trim_avatar(*_read(source, AVATAR), AVATAR_CHUNKS))
+
+
+def _read(source: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return json.loads((source / f"{name}.json").read_text()), load_file(source / f"{name}.safetensors")
+
+
+def _write(name: str, fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    (DATA / f"{name}.safetensors").write_bytes(save(tensors))
+    (DATA / f"{name}.json").write_text(json.dumps(fields, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

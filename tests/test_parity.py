@@ -18,7 +18,8 @@ from tests.parity import TOLERANCE, Fixture, main, replay_file
 from tests.tiny import SPEC, text_rows, tiny_model
 
 DATA = Path(__file__).parent / "data"
-SHIPPED = sorted(path.stem for path in DATA.glob("*.safetensors"))
+AVATAR = "liveavatar_tiny"
+SHIPPED = sorted(path.stem for path in DATA.glob("*.safetensors") if path.stem != AVATAR)
 FULL = (
     "longlive_tiny",
     "longlive_infinity_tiny",
@@ -48,6 +49,30 @@ def test_full_run_is_reproduced(name: str) -> None:
     worst = replay_file(Path(SOURCE) / f"{name}.safetensors")
     assert {"flow", "x0", "free-running output", "free-running flow"} <= set(worst.by_kind)
     assert worst.ok, worst.by_kind
+
+
+def test_shipped_avatar_is_reproduced_with_either_table() -> None:
+    worst = replay_file(DATA / f"{AVATAR}.safetensors")
+    assert {f"{table} free-running output" for table in ("fp16 table", "exact table")} <= set(worst.by_kind)
+    assert worst.ok, worst.by_kind
+
+
+@pytest.mark.skipif(SOURCE is None, reason="ISPA_PARITY_DIR does not name a folder of recorded runs")
+def test_full_avatar_is_reproduced() -> None:
+    assert SOURCE is not None
+    worst = replay_file(Path(SOURCE) / f"{AVATAR}.safetensors")
+    kinds = ("out", "key", "value", "trace", "audio", "timestep", "free-running output")
+    assert {f"{table} {kind}" for table in ("fp16 table", "exact table") for kind in kinds} == set(worst.by_kind)
+    assert worst.ok, worst.by_kind
+
+
+def test_a_moved_reference_is_noticed(tmp_path: Path) -> None:
+    fields = json.loads((DATA / f"{AVATAR}.json").read_text())
+    for call in fields["calls"]:
+        call["reference_distance"] = 4
+    (tmp_path / "run.json").write_text(json.dumps(fields))
+    (tmp_path / "run.safetensors").write_bytes((DATA / f"{AVATAR}.safetensors").read_bytes())
+    assert not replay_file(tmp_path / "run.safetensors").ok
 
 
 def _damaged(tmp_path: Path, **changes: object) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ispa_deploy.absorb.stats import Statistics
+from ispa_deploy.cache import WindowCache
 from ispa_deploy.delta import Delta
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions, open_stream
@@ -118,7 +119,8 @@ def _fill(stream: Stream, generator: torch.Generator) -> int:
     while start < spec.window_frames:
         cache.begin(start, count)
         start, count = start + count, spec.chunk_frames
-    for store in (store for layer in cache._layers for store in (layer.k, layer.v)):
+    windows = [layer for layer in cache._layers if isinstance(layer, WindowCache)]
+    for store in (store for layer in windows for store in (layer.k, layer.v)):
         for slot in range(spec.window_frames):
             shape = store.frame(slot).shape
             store.put(slot, torch.randn(shape, generator=generator, device=cache.device))
