@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 SETUPS = {"full": Setup(scheme="none", policy="full"), "ispa-0.5+w8a8": Setup()}
 
 
+WIDE = 110
+"""Columns of a table that goes to a file: no window limits it."""
+
+
 def say(line: str) -> None:
     """One line for people; stdout stays free for results."""
     print(line, file=sys.stderr)
@@ -113,8 +117,10 @@ def print_profile(document: dict[str, Any]) -> None:
 
     from ispa_deploy.profile.table import terminal
 
+    console = Console()
+    wide = Console(width=max(console.width, WIDE)) if not console.is_terminal else console
     for report in document["reports"]:
-        Console().print(terminal(report))
+        wide.print(terminal(report))
 
 
 def write_reports(document: dict[str, Any], folder: Path | None) -> None:

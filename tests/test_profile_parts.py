@@ -45,18 +45,19 @@ def test_too_few_values_have_no_interval() -> None:
     assert ratio_interval([4.0] * ENOUGH, [2.0] * ENOUGH) == [2.0, 2.0]
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("policy", ["full", "absorb"])
-def test_counted_operations_are_those_of_the_real_chunk(policy: str) -> None:
+def test_counted_operations_are_those_of_the_real_chunk(policy: str, whole: bool) -> None:
     """torch counts every matrix product of a steady chunk whose attention is written out as products."""
     model = tiny_model(SPEC)
-    steady = SteadyStream.open(model, StreamOptions(policy=policy, backend="reference"), 4)
+    steady = SteadyStream.open(model, StreamOptions(policy=policy, backend="reference", full_commit=whole), 4)
     with steady.turn():
         steady.step(), steady.step()  # every timestep has been seen: conditions are made once
         with FlopCounterMode(display=False) as counter:
             steady.step()
         facts = steady.facts()
-    keys = keys_of(model.spec, len(facts["local"]), facts["near"])
-    rows = chunk_work(model.spec, Setting(keys=keys, width=4, weight_width=4))
+    keys = keys_of(model.spec, facts["local"], facts["near"])
+    rows = chunk_work(model.spec, Setting(keys=keys, width=4, weight_width=4, stores=facts["stores"]))
     assert sum(row.flops for row in rows.values()) == counter.get_total_flops()
 
 

@@ -57,6 +57,7 @@ def _card(report: Report, number: int) -> str:
     facts = {
         "Where it comes from": origin,
         "What limits it": _limit(report, best or base),
+        "Memory": _memory(base, best or base),
         "Measured on": escape(hardware(report)),
     }
     pairs = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in facts.items())
@@ -71,7 +72,7 @@ def _card(report: Report, number: int) -> str:
 def _headline(speedup: float) -> str:
     if 1 / SAME < speedup < SAME:
         return f"{speedup:.2f}× <small>as fast as before</small>"
-    return f"{speedup:.2f}× <small>{'faster' if speedup > 1 else 'the speed'}</small>"
+    return f"{speedup:.2f}× <small>the speed of the full cache</small>"
 
 
 def _origin(base: Run, run: Run) -> str:
@@ -99,6 +100,11 @@ def _limit(report: Report, run: Run) -> str:
         f"Reading fewer keys makes self-attention {law['attention_ceiling']:.2f}× faster at most, and by that the "
         f"whole chunk {law['ceiling']:.2f}×."
     )
+
+
+def _memory(base: Run, run: Run) -> str:
+    weights = 100 * run["memory"]["weights"] / base["memory"]["weights"]
+    return f"Keys and values take {run['kv_percent']:.0f} % of the full cache, weights {weights:.0f} % of the baseline's."
 
 
 def _caution(report: Report, number: int) -> str:

@@ -180,8 +180,9 @@ def _work(lane: Lane) -> dict[str, Work]:
     spec = replace(model.spec, window_frames=facts["window"])
     width = model.dtype.itemsize
     eight = lane.configuration.scheme != "none"
-    keys = keys_of(spec, len(facts["local"]), facts["near"])
-    return chunk_work(spec, Setting(keys=keys, width=width, weight_width=1 if eight else width))
+    keys = keys_of(spec, facts["local"], facts["near"])
+    setting = Setting(keys=keys, width=width, weight_width=1 if eight else width, stores=facts["stores"])
+    return chunk_work(spec, setting)
 
 
 def _distribution(values: list[float]) -> dict[str, Any]:

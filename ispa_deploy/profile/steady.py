@@ -74,6 +74,7 @@ class SteadyStream:
             "local": absorber.local_layers(),
             "near": absorber.policy.sink + cache.recent + cache.spec.chunk_frames,
             "window": cache.spec.window_frames,
+            "stores": None if self.stream.full_commit else cache.storing_layers(),
             "delta": self.delta_mode(),
             "kv_percent": 100 * cache.persistent_bytes() / cache.full_bytes(),
             "memory": {

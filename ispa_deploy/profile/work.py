@@ -33,26 +33,26 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What decides the work of a chunk beside the geometry. `keys`: frames that each layer's queries see; `width`:
-    bytes of an activation; `weight_width`: bytes of a linear's weight, 1 for 8 bits."""
+    """What decides the work of a chunk beside the geometry.
+
+    `keys`: frames that the queries of each layer see; `width`: bytes of an activation; `weight_width`: bytes of a
+    linear's weight, 1 for 8 bits; `stores`: leading layers that the clean pass runs, the last of them for its keys and
+    values alone; None: it runs to its end.
+    """
 
     keys: Sequence[int]
     width: int
     weight_width: int
+    stores: int | None = None
 
     @property
     def eight_bit(self) -> bool:
         return self.weight_width == _EIGHT_BIT
 
 
-def keys_of(spec: ModelSpec, local: int, near: int) -> list[int]:
-    """Frames seen by each layer when `local` of the layers see only `near` frames, the others the whole window."""
-    return [near] * local + [spec.window_frames] * (spec.layers - local)
-
-
-def passes_of(spec: ModelSpec) -> int:
-    """Denoising passes and the clean one."""
-    return len(spec.steps) + 1
+def keys_of(spec: ModelSpec, local: Iterable[int], near: int) -> list[int]:
+    """Frames seen by each layer when the layers `local` see only `near` frames, the others the whole window."""
+    return [near if layer in set(local) else spec.window_frames for layer in range(spec.layers)]
 
 
 def block_linears(spec: ModelSpec) -> list[tuple[int, int]]:
@@ -62,24 +62,42 @@ def block_linears(spec: ModelSpec) -> list[tuple[int, int]]:
 
 def chunk_work(spec: ModelSpec, setting: Setting) -> dict[str, Work]:
     """Work of a steady chunk by the rows of the breakdown that it can be counted for."""
-    passes, queries = passes_of(spec), spec.chunk_frames * spec.frame_tokens
-    every = passes * spec.layers
+    denoising = _pass_work(spec, setting, spec.layers, head=True)
+    clean = _clean_work(spec, setting)
+    return {row: work * len(spec.steps) + clean.get(row, Work()) for row, work in denoising.items()}
+
+
+def _clean_work(spec: ModelSpec, setting: Setting) -> dict[str, Work]:
+    """The clean pass: whole, or as far as layers keep something of it."""
+    if setting.stores is None:
+        return _pass_work(spec, setting, spec.layers, head=True)
+    if setting.stores == 0:
+        return {}
+    rows = _pass_work(spec, setting, setting.stores - 1, head=False)
+    queries = spec.chunk_frames * spec.frame_tokens
+    rows["linear.gemm"] += _linears([(spec.dim, spec.dim)] * 2, queries, setting)
+    return rows
+
+
+def _pass_work(spec: ModelSpec, setting: Setting, layers: int, *, head: bool) -> dict[str, Work]:
+    """One pass through the first `layers` blocks."""
+    queries, width = spec.chunk_frames * spec.frame_tokens, setting.width
     linears = block_linears(spec)
     inputs, outputs = (sum(pair[side] for pair in linears) for side in (0, 1))
+    one = queries * spec.dim * width
     rows = {
         "attention.kernel": _sum(
-            _attention(spec, queries, frames * spec.frame_tokens, setting.width) for frames in setting.keys
-        )
-        * passes,
-        "attention.cross": _attention(spec, queries, spec.text_len, setting.width) * every,
-        "attention.cache": Work(0, 4 * queries * spec.dim * setting.width) * every,
-        "linear.gemm": _linears(linears, queries, setting) * every + _ends(spec, queries, setting.width) * passes,
-        "overhead.norm": Work(0, (_NORM_TENSORS * spec.dim + 2 * spec.ffn_dim) * queries * setting.width) * every,
-        "overhead.rope": Work(0, 4 * queries * spec.dim * setting.width) * every,
+            _attention(spec, queries, frames * spec.frame_tokens, width) for frames in setting.keys[:layers]
+        ),
+        "attention.cross": _attention(spec, queries, spec.text_len, width) * layers,
+        "attention.cache": Work(0, 4 * one) * layers,
+        "linear.gemm": _linears(linears, queries, setting) * layers + _ends(spec, queries, width, head=head),
+        "overhead.norm": Work(0, _NORM_TENSORS * one + 2 * spec.ffn_dim * queries * width) * layers,
+        "overhead.rope": Work(0, 4 * one) * layers,
     }
     if setting.eight_bit:
-        rows["linear.quantise"] = Work(0, queries * inputs * (setting.width + _EIGHT_BIT)) * every
-        rows["linear.dequantise"] = Work(0, 2 * queries * outputs * setting.width) * every
+        rows["linear.quantise"] = Work(0, queries * inputs * (width + _EIGHT_BIT)) * layers
+        rows["linear.dequantise"] = Work(0, 2 * queries * outputs * width) * layers
     return rows
 
 
@@ -95,10 +113,10 @@ def _linears(shapes: Sequence[tuple[int, int]], rows: int, setting: Setting) -> 
     )
 
 
-def _ends(spec: ModelSpec, rows: int, width: int) -> Work:
-    """Patch embedding and head."""
+def _ends(spec: ModelSpec, rows: int, width: int, *, head: bool) -> Work:
+    """Patch embedding, and head where it runs."""
     pixels = spec.latent_channels * spec.patch[0] * spec.patch[1] * spec.patch[2]
-    shapes = [(pixels, spec.dim), (spec.dim, pixels)]
+    shapes = [(pixels, spec.dim), (spec.dim, pixels)][: 2 if head else 1]
     return _linears(shapes, rows, Setting(keys=(), width=width, weight_width=width))
 
 
