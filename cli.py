@@ -8,6 +8,8 @@ document; everything for people goes to stderr.
 from __future__ import annotations
 
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +56,7 @@ from ispa_deploy.run_flags import (
 
 if TYPE_CHECKING:
     from export.bundle import Bundle
+    from export.profiling import Compared
     from ispa_deploy.options import StreamOptions
     from ispa_deploy.run import Outputs
 
@@ -189,7 +192,14 @@ def profile(
     rounds: Annotated[int, typer.Option(min=3, help="Steady chunks timed per configuration.")] = 7,
     ratio: Annotated[float, typer.Option(help="Share of layers that are local.")] = 0.5,
     recent_frames: Annotated[int, typer.Option(help="Recent frames that local layers also keep.")] = 0,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="One more run, POLICY[:RATIO[:RECENT]][+SCHEME], e.g. absorb:1:3+w8a8; repeatable."),
+    ] = None,
     mid: Annotated[bool, typer.Option(help="Also profile the mid geometry (random weights), where 8 bits pay.")] = True,
+    allow_fallback: Annotated[
+        bool, typer.Option("--allow-fallback", help="Measure a scheme that is simulated here; do not fail.")
+    ] = False,
     device: DeviceOpt = "auto",
     dtype: DtypeOpt = "auto",
     threads: ThreadsOpt = None,
@@ -200,8 +210,15 @@ def profile(
     """Break a steady chunk's latency into attention, linear and overhead, configurations side by side."""
     if out is not None:
         make_folder(out)
-    opened = _open(bundle, MachineFlags(False, device, dtype, threads, tune_allocator))
-    document = _profile(opened, rounds, ratio, recent_frames, mid)
+    from export.profiling import Compared
+
+    asked = Compared(
+        rounds=rounds, ratio=ratio, recent=recent_frames, also=tuple(also or ()), allow_fallback=allow_fallback
+    )
+    asked.check()
+    begun = time.perf_counter()
+    opened = _open(bundle, MachineFlags(allow_fallback, device, dtype, threads, tune_allocator))
+    document = _profile(opened, asked, mid, load_ms=1e3 * (time.perf_counter() - begun))
     write_reports(document, out)
     emit(document, json_only, stats, lambda: print_profile(document))
 
@@ -314,7 +331,9 @@ def demo(
         if not runs[policy]["complete"]:
             raise KeyboardInterrupt
     say("3/3  profile: where the time of a steady chunk goes")
-    report = _profile(opened, 9, 0.5, 0, True)
+    from export.profiling import Compared
+
+    report = _profile(opened, Compared(rounds=9, allow_fallback=True), True)
     write_reports(report, out)
     document = {"quantize": quantised, "runs": runs, "profile": report}
     emit(document, json_only, out / "demo.json", lambda: print_profile(report))
@@ -426,18 +445,15 @@ def _run(
     }
 
 
-def _profile(bundle: Bundle, rounds: int, ratio: float, recent: int, mid: bool) -> dict[str, Any]:
+def _profile(bundle: Bundle, asked: Compared, mid: bool, load_ms: float | None = None) -> dict[str, Any]:
     from export.profiling import profile_bundle, profile_geometry
 
     command = " ".join(["ispa-deploy", *sys.argv[1:]])
-    reports = [profile_bundle(bundle, rounds=rounds, ratio=ratio, recent=recent, command=command)]
+    reports = [profile_bundle(bundle, asked, command=command, load_ms=load_ms)]
     if mid and bundle.spec.name == "demo":
         say(f"the mid geometry, {MID_LAYERS} layers of random weights: wide enough for 8 bits to pay")
-        reports.append(
-            profile_geometry(
-                "mid", bundle.model.device, rounds=3, layers=MID_LAYERS, ratio=ratio, recent=recent, command=command
-            )
-        )
+        fewer = replace(asked, rounds=3)
+        reports.append(profile_geometry("mid", bundle.model.device, fewer, layers=MID_LAYERS, command=command))
     return {"command": command, "reports": reports}
 
 

@@ -3,43 +3,112 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from export.bundle import Bundle
+from ispa_deploy.errors import InputError, RunError
 from ispa_deploy.linear import Linear
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions
 from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
 from quant import SCHEMES, QuantisedLinear, quantise_, resolve
-from quant.audit import audit
+from quant.audit import audit, complaints
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """What is compared beside the full cache: ISPA at `ratio` with `recent` frames, and the runs that `also` names.
+
+    `also`: `POLICY[:RATIO[:RECENT]][+SCHEME]`, for example `absorb:1:3+w8a8-int8` or `sink-local`. A requested scheme
+    that did not run in 8 bits is a `RunError`; `allow_fallback` makes it a warning in the report.
+    """
+
+    rounds: int = 7
+    ratio: float = 0.5
+    recent: int = 0
+    also: Sequence[str] = ()
+    allow_fallback: bool = False
+
+    def check(self) -> None:
+        """InputError for a run that cannot be meant, before anything is loaded."""
+        for text in self.also:
+            _asked(text)
 
 
 def configurations(
     floating: CausalWanDiT, eight: CausalWanDiT | None, scheme: str, *, ratio: float = 0.5, recent: int = 0
 ) -> list[Configuration]:
-    """full | ispa on the floating-point model, and both again on the 8-bit one."""
+    """full | ispa on the floating-point model, both again on the 8-bit one, and that with every layer local and one
+    recent chunk, where the window has room for it."""
+    spec = floating.spec
     options = {
         "full": StreamOptions(policy="full"),
         "ispa": StreamOptions(policy="absorb", ratio=ratio, recent_frames=recent),
     }
     kinds = [("", floating, "none")] + ([("+w8a8", eight, scheme)] if eight is not None else [])
-    return [
-        Configuration(name=name + tail, model=model, options=value, scheme=label, audit=audit)
-        for tail, model, label in kinds
-        for name, value in options.items()
-    ]
+    made = [_run(name + tail, model, value, label) for tail, model, label in kinds for name, value in options.items()]
+    if eight is not None and spec.window_frames >= max(1, spec.sink_frames) + 2 * spec.chunk_frames:
+        every = StreamOptions(policy="absorb", ratio=1.0, recent_frames=spec.chunk_frames)
+        made.append(_run("local+w8a8", eight, every, scheme))
+    return made
+
+
+def _run(name: str, model: CausalWanDiT, options: StreamOptions, scheme: str) -> Configuration:
+    return Configuration(
+        name=name, model=model, options=options, scheme=scheme, audit=audit,
+        complaints=complaints if scheme != "none" else None,
+    )  # fmt: skip
+
+
+def further(also: Sequence[str], floating: CausalWanDiT, eight: CausalWanDiT, scheme: str) -> list[Configuration]:
+    """The configurations that `also` names; InputError for a text that names none."""
+    made, models = [], {"none": floating, scheme: eight}
+    for text in also:
+        options, wanted = _asked(text)
+        chosen = resolve(wanted, floating.device)[0].name
+        if chosen not in models:
+            models[chosen] = copy.deepcopy(floating)
+            quantise_(models[chosen], SCHEMES[chosen])
+        made.append(_run(text, models[chosen], options, chosen))
+    return made
+
+
+def _asked(text: str) -> tuple[StreamOptions, str]:
+    """Options and scheme of one `POLICY[:RATIO[:RECENT]][+SCHEME]`."""
+    what, _, scheme = text.partition("+")
+    policy, *numbers = what.split(":")
+    try:
+        ratio, recent = float(numbers[0]) if numbers else 0.5, int(numbers[1]) if len(numbers) > 1 else 0
+    except ValueError:
+        numbers = ["", "", ""]
+    if len(numbers) > 2:
+        raise InputError(f"--also '{text}': expected POLICY[:RATIO[:RECENT]][+SCHEME], for example absorb:1:3+w8a8")
+    options = StreamOptions(policy=policy, ratio=ratio, recent_frames=recent)
+    options.policy_value()
+    return options, scheme or "none"
+
+
+def _audited(report: dict[str, Any], allow_fallback: bool) -> dict[str, Any]:
+    """The report, unless a scheme that was asked for did not run."""
+    for run in report["runs"]:
+        if run["complaints"] and not allow_fallback:
+            raise RunError(
+                f"'{run['name']}' ({run['scheme']}): {'; '.join(run['complaints'])}; --allow-fallback measures it all "
+                "the same"
+            )
+    return report
 
 
 def profile_bundle(
-    bundle: Bundle, *, rounds: int, ratio: float, recent: int, command: str = "", say: Say | None = None
+    bundle: Bundle, asked: Compared, *, command: str = "", load_ms: float | None = None, say: Say | None = None
 ) -> dict[str, Any]:
     """The report of a bundle's own model; a bundle without 8-bit layers is compared with its quantised copy."""
     scheme = bundle.manifest.scheme
@@ -51,24 +120,25 @@ def profile_bundle(
             say(line)
     else:
         floating, eight = dequantised(bundle.model), bundle.model
-    return compare(
-        configurations(floating, eight, scheme, ratio=ratio, recent=recent),
-        rounds=rounds,
+    runs = configurations(floating, eight, scheme, ratio=asked.ratio, recent=asked.recent)
+    report = compare(
+        [*runs, *further(asked.also, floating, eight, scheme)],
+        rounds=asked.rounds,
         pixel_frames=bundle.spec.temporal_stride,
         decoder=bundle.decoder(),
         command=command,
+        load_ms=load_ms,
         progress=say,
     )
+    return _audited(report, asked.allow_fallback)
 
 
 def profile_geometry(
     name: str,
     device: torch.device,
+    asked: Compared,
     *,
-    rounds: int,
     layers: int | None = None,
-    ratio: float = 0.5,
-    recent: int = 0,
     command: str = "",
     say: Say | None = None,
 ) -> dict[str, Any]:
@@ -78,13 +148,15 @@ def profile_geometry(
     chosen, _ = resolve("w8a8", device)
     eight = copy.deepcopy(model)
     quantise_(eight, chosen)
-    return compare(
-        configurations(model, eight, chosen.name, ratio=ratio, recent=recent),
-        rounds=rounds,
+    runs = configurations(model, eight, chosen.name, ratio=asked.ratio, recent=asked.recent)
+    report = compare(
+        [*runs, *further(asked.also, model, eight, chosen.name)],
+        rounds=asked.rounds,
         pixel_frames=spec.temporal_stride,
         command=command,
         progress=say,
     )
+    return _audited(report, asked.allow_fallback)
 
 
 def dequantised(model: CausalWanDiT) -> CausalWanDiT:

@@ -104,7 +104,7 @@ def _limit(report: Report, run: Run) -> str:
 
 def _memory(base: Run, run: Run) -> str:
     weights = 100 * run["memory"]["weights"] / base["memory"]["weights"]
-    return f"Keys and values take {run['kv_percent']:.0f} % of the full cache, weights {weights:.0f} % of the baseline's."
+    return f"Keys and values: {run['kv_percent']:.0f} % of the full cache. Weights: {weights:.0f} % of the baseline's."
 
 
 def _caution(report: Report, number: int) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -79,6 +80,7 @@ class Lane:
     facts: dict[str, Any] = field(default_factory=dict)
     start: Start | None = None
     layer_ms: list[float] = field(default_factory=list)
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     transient: int | None = None
     peak: int = 0
 
@@ -105,7 +107,7 @@ def take_turn(
 ) -> None:
     """`chunks` pairs of a plain and a recorded chunk; who goes first alternates: neither always has the warm caches."""
     steady, model = lane.steady, lane.configuration.model
-    with steady.turn():
+    with steady.turn(), _counting(lane):
         before = held_before(model.device)
         for number in range(chunks):
             if recorded_first == (number % 2 == 0):
@@ -115,7 +117,6 @@ def take_turn(
                 lane.plain.append(stopwatch(steady.step, model.device, clock))
                 lane.recorded.append(measure(steady.step, model, model.device, clock, lane.recorder))
         _note_peak(lane, model.device, before)
-        lane.facts = _facts(lane)
     if decoder is not None:
         latents = torch.randn(1, model.spec.chunk_frames, *model.spec.latent_shape, device=model.device)
         lane.decoding.append(stopwatch(lambda: decoder(latents), model.device, clock))
@@ -169,5 +170,26 @@ def _facts(lane: Lane) -> dict[str, Any]:
         # A GPU's counter covers all configurations, so what this one holds is summed up; a CPU's is the process's.
         "memory": {**memory, "peak": held + (lane.transient or 0) if cuda else lane.peak},
         "layers": lane.steady.layers(),
-        "audit": configuration.audit(configuration.model) if configuration.audit else [],
+        "audit": [_counted(row, lane.calls) for row in _audit(configuration)],
     }
+
+
+_COUNTS = ("calls", "float_calls")
+
+
+def _audit(configuration: Configuration) -> list[dict[str, Any]]:
+    return configuration.audit(configuration.model) if configuration.audit else []
+
+
+@contextmanager
+def _counting(lane: Lane) -> Iterator[None]:
+    """Add to the lane's counts how often each layer's kernel runs in the body: models, and their counts, are shared."""
+    before = _audit(lane.configuration)
+    yield
+    for old, new in zip(before, _audit(lane.configuration), strict=True):
+        lane.calls.update({(new["name"], kind): (new[kind] or 0) - (old[kind] or 0) for kind in _COUNTS})
+    lane.facts = _facts(lane)
+
+
+def _counted(row: dict[str, Any], calls: Counter[tuple[str, str]]) -> dict[str, Any]:
+    return {**row, **{kind: None if row[kind] is None else calls[row["name"], kind] for kind in _COUNTS}}

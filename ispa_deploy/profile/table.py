@@ -36,7 +36,8 @@ def title(report: Report) -> str:
     model, env = report["model"], report["env"]
     device = env["gpu"] or f"{env['cpu']}, {env['threads']} threads"
     return (
-        f"{model['name']} ({model['dtype']}, window {model['window']} frames, chunk {model['chunk_frames']}, "
+        f"{model['name']} ({model['geometry']['layers']} layers, {model['dtype']}, "
+        f"window {model['window']} frames, chunk {model['chunk_frames']}, "
         f"{model['passes']} passes) on {device}, torch {env['torch']}, {env['clock']} time"
     )
 

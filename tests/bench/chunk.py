@@ -1,4 +1,4 @@
-"""`python -m tests.bench.chunk GEOMETRY --json FILE`: full | full+w8a8 | ispa | ispa+w8a8 on random weights.
+"""`python -m tests.bench.chunk GEOMETRY --json FILE`: published | full | ispa | … + W8A8 on random weights.
 
 The GEOMETRY `demo` has a trained checkpoint, which is not used here: latency does not depend on the weights.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +18,67 @@ from rich.console import Console
 
 import quant
 from export.profiling import configurations
-from ispa_deploy.profile.compare import compare
+from ispa_deploy.model import CausalWanDiT
+from ispa_deploy.options import StreamOptions
+from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.files import write_json, write_text
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
 from ispa_deploy.profile.table import markdown, terminal
+from ispa_deploy.regions import region
+from quant.audit import audit
+from tests.bench.published import SteadyPublished
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a geometry is measured: rounds of `chunks` plain and `chunks` recorded chunks per configuration.
 
-    `shared_clock`: what `--shared` reads. A reading of the CPU clock is a system call, too dear for the demo's marks.
+    `plain`: rounds more without a recorder; `layers`: only so many. `shared_clock`: what `--shared` reads; a reading
+    of the CPU clock is a system call, too dear for the demo's marks.
     """
 
     dtype: torch.dtype
     rounds: int
     chunks: int
+    plain: int = 0
+    layers: int | None = None
     shared_clock: str = "cpu"
 
 
 PLANS = {
-    "demo": Plan(torch.float32, rounds=10, chunks=2, shared_clock="wall"),
-    "mid": Plan(torch.bfloat16, rounds=3, chunks=1),
-    "longlive-1.3b": Plan(torch.bfloat16, rounds=6, chunks=3),
-    "krea-14b": Plan(torch.bfloat16, rounds=3, chunks=1),
+    "cpu": {
+        "demo": Plan(torch.float32, rounds=10, chunks=2, shared_clock="wall"),
+        "mid": Plan(torch.bfloat16, rounds=3, chunks=1, plain=3),
+        # The paper's geometry and window in two layers, one of them local: every layer costs the same.
+        "longlive-1.3b": Plan(torch.bfloat16, rounds=3, chunks=1, layers=2),
+        "krea-14b": Plan(torch.bfloat16, rounds=3, chunks=1, layers=2),
+    },
+    "cuda": {
+        "demo": Plan(torch.float32, rounds=10, chunks=2),
+        "mid": Plan(torch.bfloat16, rounds=6, chunks=2),
+        "longlive-1.3b": Plan(torch.bfloat16, rounds=6, chunks=2),
+        "krea-14b": Plan(torch.bfloat16, rounds=3, chunks=1, plain=3),
+    },
 }
+STEPS = {"cpu": {"longlive-1.3b": (1000,), "krea-14b": (1000,)}}
+"""Fewer denoising passes where a CPU has no time for all of them: one and the clean one."""
 
 
 def measure(geometry: str, plan: Plan, device: str, rounds: int | None, shared: bool) -> dict[str, Any]:
     """The report of one geometry."""
     scheme, line = quant.resolve("w8a8", device)
     print(line)
-    model = random_model(GEOMETRIES[geometry], plan.dtype, device)
+    spec = GEOMETRIES[geometry]
+    spec = replace(spec, layers=plan.layers or spec.layers, steps=STEPS.get(device, {}).get(geometry, spec.steps))
+    model = random_model(spec, plan.dtype, device)
     eight = copy.deepcopy(model)
     print(quant.quantise_(eight, scheme).summary())
     start = time.monotonic()
     report = compare(
-        configurations(model, eight, scheme.name),
+        [*published(model), *configurations(model, eight, scheme.name)],
         chunks=plan.chunks,
         rounds=rounds or plan.rounds,
+        plain_only=plan.plain,
         pixel_frames=model.spec.temporal_stride,
         clock=plan.shared_clock if shared else "wall",
         timeline=False,
@@ -67,12 +90,60 @@ def measure(geometry: str, plan: Plan, device: str, rounds: int | None, shared: 
     return report
 
 
+class PublishedSteady:
+    """The published loop as one of the runs: what lies between its marks is Python's."""
+
+    def __init__(self, model: CausalWanDiT):
+        self._loop = SteadyPublished(model)
+
+    def turn(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def step(self) -> object:
+        with region("overhead.python"):
+            return self._loop.step()
+
+    def facts(self) -> dict[str, Any]:
+        """As `SteadyStream.facts`: keys and values of the past stay, the concatenated ones are made in every pass."""
+        spec, past = self._loop.loop.spec, sum(row["kv_persistent"] for row in self.layers())
+        full = past * spec.window_frames // (spec.window_frames - spec.chunk_frames)
+        memory = {"kv_persistent": past, "kv_scratch": full, "deltas": 0, "statistics": 0}
+        return {
+            "localises": False, "local": [], "near": spec.window_frames, "window": spec.window_frames, "stores": None,
+            "delta": None, "kv_percent": 100 * past / full, "memory": memory,
+        }  # fmt: skip
+
+    def layers(self) -> list[dict[str, Any]]:
+        return [
+            {"local": False, "delta": None, "kv_persistent": k.nbytes + v.nbytes, "deltas": 0}
+            for k, v in self._loop.loop.past
+        ]
+
+
+def published(model: CausalWanDiT) -> list[Configuration]:
+    """The loop that the published projects run, where it knows the model's way of rotating keys."""
+    if model.spec.rope != "absolute":
+        return []
+    return [
+        Configuration(
+            name="published",
+            model=model,
+            options=StreamOptions(policy="full"),
+            audit=audit,
+            opener=lambda model, options, chunks: PublishedSteady(model),
+            starts=False,
+        )
+    ]
+
+
 def _counted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per kernel, with the number of layers and calls: a committed file need not list 400 layers."""
     counts: dict[tuple[str, str | None], dict[str, Any]] = {}
     for row in rows:
         key = row["kernel"], row["delta_mode"]
-        kept = counts.setdefault(key, {"kernel": key[0], "delta_mode": key[1], "layers": 0, "calls": 0})
+        kept = counts.setdefault(
+            key, {"kernel": key[0], "delta_mode": key[1], "dtype": row["dtype"], "layers": 0, "calls": 0}
+        )
         kept["layers"] += 1
         kept["calls"] += row["calls"] or 0
     return list(counts.values())
@@ -90,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(1)
     if arguments.device == "cpu":
         quant.tune_allocator()
-    plan = PLANS[arguments.geometry]
+    plan = PLANS[arguments.device][arguments.geometry]
     report = measure(arguments.geometry, plan, arguments.device, arguments.rounds, arguments.shared)
     write_json(arguments.json, report)
     write_text(arguments.json.with_suffix(".md"), markdown(report))
