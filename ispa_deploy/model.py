@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ispa_deploy.linear import Linear
+from ispa_deploy.passes import Norm, add, add_norm, norm, rms_norm
 from ispa_deploy.regions import region
 from ispa_deploy.specs import ModelSpec
 
@@ -65,8 +66,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class _Projections(nn.Module):
@@ -132,26 +132,25 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation
         frames = x.shape[1:3]
         with region("overhead.norm"):
-            y = _modulate(x, scale_a, shift_a, self.eps).flatten(1, 2)
+            y = norm(x, Norm(scale_a, shift_a, self.eps)).flatten(1, 2)
         y = self.self_attn(y, attention)
         with region("overhead.norm"):
-            x = torch.addcmul(x, gate_a, y.unflatten(1, frames))
-            y = self.norm3(x).flatten(1, 2)
-        y = self.cross_attn(y, text, cross)
+            affine = Norm(self.norm3.weight, self.norm3.bias, self.eps, modulates=False)
+            x, y = add_norm(x, y.unflatten(1, frames), affine, gate_a)
+        y = self.cross_attn(y.flatten(1, 2), text, cross)
         with region("overhead.norm"):
-            x = x + y.unflatten(1, frames)
-            y = _modulate(x, scale_f, shift_f, self.eps)
+            x, y = add_norm(x, y.unflatten(1, frames), Norm(scale_f, shift_f, self.eps))
         y = self.ffn[0](y)
         with region("overhead.norm"):
             y = self.ffn[1](y)
         y = self.ffn[2](y)
         with region("overhead.norm"):
-            return torch.addcmul(x, gate_f, y)
+            return add(x, y, gate_f)
 
     def keys(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
         """x (B, F, T, C) -> this layer's keys and values (B, S, H, D), and nothing of what comes after them."""
         with region("overhead.norm"):
-            y = _modulate(x, modulation[1], modulation[0], self.eps).flatten(1, 2)
+            y = norm(x, Norm(modulation[1], modulation[0], self.eps)).flatten(1, 2)
         return self.self_attn.keys(y)
 
 
@@ -224,7 +223,7 @@ class CausalWanDiT(nn.Module):
         """The last layer's (B, F, T, C) -> (B, F, c, H, W)."""
         with region("overhead.norm"):
             shift, scale = condition.head
-            x = _modulate(x, scale, shift, self.spec.eps)
+            x = norm(x, Norm(scale, shift, self.spec.eps))
         return self._unpatchify(self.head.head(x), grid)
 
     def _patchify(self, x: Tensor) -> Tensor:
@@ -253,8 +252,3 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
 def _chunks(table: Tensor) -> Modulation:
     """(B, F, n, C) -> n tensors (B, F, 1, C)."""
     return tuple(table.unsqueeze(-2).unbind(2))
-
-
-def _modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    normed = F.layer_norm(x, x.shape[-1:], eps=eps)
-    return torch.addcmul(shift, normed, 1 + scale)

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ispa_deploy.native import elementwise
+
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
     """Channels of a head that rotate with time, row and column."""
@@ -85,6 +87,8 @@ class Rope:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate (B, S, H, D) by (S, 1, D / 2); computed in complex64, returned in the dtype of `x`."""
+    """Rotate (B, S, H, D) by (S, 1, D / 2); computed in float32, returned in the dtype of `x`."""
+    if x.shape[-1] % 16 == 0 and elementwise.applies(x, x.shape[-2] * x.shape[-1]):
+        return elementwise.rotate(x, rotation)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ispa_deploy.native import elementwise
 from ispa_deploy.regions import region
 from quant.primitives import (
     CODE_MAX,
@@ -135,6 +136,8 @@ def compile_note() -> str | None:
 
 def _finish(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     with region("linear.dequantise"), torch.no_grad():
+        if dtype in (torch.bfloat16, torch.float32) and elementwise.applies(product, product.shape[-1], wide=True):
+            return elementwise.rescale(product, scale, bias, dtype)
         y: Tensor = _RESCALE(product, scale, bias, dtype)
     return y
 
@@ -158,6 +161,8 @@ class _CpuKernel:
 
     def quantise(self, x: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `quant.kernels.Kernel`."""
+        if step is None and self.unsigned and elementwise.applies(x, x.shape[-1], wide=True):
+            return elementwise.quantise(x)
         with torch.no_grad():
             codes, scale = _QUANTISE(x, self.unsigned) if step is None else _FIXED(x, step, self.unsigned)
         return codes, scale

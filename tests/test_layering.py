@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cli": ("cli", "export", "quant", "ispa_deploy"),
     "export": ("export", "quant", "ispa_deploy"),
-    "quant": ("quant", *(f"ispa_deploy.{name}" for name in ("errors", "regions", "delta", "linear", "specs"))),
+    "quant": (
+        "quant",
+        *(f"ispa_deploy.{name}" for name in ("errors", "regions", "delta", "linear", "specs", "native")),
+    ),
     "ispa_deploy": ("ispa_deploy",),
 }
 OURS = (*MAY_IMPORT, "tests")

@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = ("attention.c",)
+_SOURCES = ("attention.c", "elementwise.c")
 _HEADERS = ("vector.h",)
 # No -ffast-math: infinities and NaN are data here. No -lgomp: a second OpenMP runtime would fight PyTorch's threads.
 _FLAGS = (
     *("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-    *("-mavx512bf16", "-mfma"),
+    # Products and sums round apart, as PyTorch's do: codes are equal bit for bit.
+    *("-mavx512bf16", "-mfma", "-ffp-contract=off"),
 )  # fmt: skip
 
 

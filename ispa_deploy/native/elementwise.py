@@ -1,0 +1,143 @@
+"""The passes of `elementwise.c` on tensors: residual and norm, RMS norm, rotation, quantisation, rescaling, GELU.
+
+Each is one pass over memory where PyTorch takes two to six. All of them expect what `applies` has checked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ispa_deploy.native import library
+
+ROW_LIMIT = 16384
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+class _Passage(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "y", "gate", "scale", "shift", "sum", "normed", "codes", "code_scale")),
+        ("columns", _LONG), ("group", _LONG), ("eps", _FLOAT), ("one", _INT),
+    )  # fmt: skip
+
+
+def applies(x: Tensor, columns: int, *, wide: bool = False) -> bool:
+    """Whether the C passes take rows of `x`: bfloat16 (or float32, if `wide`) on a CPU, nothing to differentiate."""
+    return (
+        (x.dtype == torch.bfloat16 or (wide and x.dtype == torch.float32))
+        and x.device.type == "cpu"
+        and columns % 16 == 0
+        and 0 < columns <= ROW_LIMIT
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and library() is not None
+    )
+
+
+def _native() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "ask `applies` first"
+    return found
+
+
+def _at(x: Tensor | None) -> ctypes.c_void_p:
+    return _POINTER(None if x is None else x.data_ptr())
+
+
+def _groups(table: Tensor | None, rows: int) -> tuple[Tensor | None, int]:
+    """(B, F, 1, C) or (C,) -> rows of C, and how many rows of the activations share one (0: all of them)."""
+    if table is None:
+        return None, 0
+    flat = table.reshape(-1, table.shape[-1]).contiguous()
+    return flat, 0 if len(flat) == 1 else rows // len(flat)
+
+
+def residual_norm(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float, one: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(x + gate * y, its LayerNorm times (1 + scale if `one`, else scale) plus shift), all bfloat16 (..., C).
+
+    gate, scale and shift: (C,), or (B, F, 1, C) for x of (B, F, T, C). Without y the sum is x; without scale there is
+    no norm.
+    """
+    columns = x.shape[-1]
+    x = x.contiguous()
+    rows = x.numel() // columns
+    y = None if y is None else y.contiguous()
+    tables = [_groups(table, rows) for table in (gate, scale, shift)]
+    group = max(size for _, size in tables)
+    if group:
+        # A table of one row among tables of many: every row its own copy.
+        tables = [(_repeated(table, rows // group), group) for table, _ in tables]
+    total = x if y is None else torch.empty_like(x)
+    normed = None if scale is None else torch.empty_like(x)
+    call = _Passage(
+        *(_at(t) for t in (x, y, *(table for table, _ in tables), None if y is None else total, normed, None, None)),
+        columns, group, eps, int(one),
+    )  # fmt: skip
+    _native().ispa_passage(ctypes.byref(call), _LONG(rows))
+    return total, normed
+
+
+def _repeated(table: Tensor | None, count: int) -> Tensor | None:
+    return table if table is None or len(table) == count else table.expand(count, -1).contiguous()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """bfloat16 (B, S, C), last dimension contiguous -> the same shape, contiguous."""
+    columns = x.shape[-1]
+    rows = x.reshape(-1, columns)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    sizes = map(_LONG, (len(rows), columns, rows.stride(0)))
+    _native().ispa_rms(_at(rows), _at(weight.contiguous()), _at(y), *sizes, _FLOAT(eps))
+    return y
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """bfloat16 (B, S, H, D) by complex64 (S, 1, D / 2) -> (B, S, H, D); D a multiple of 16."""
+    batch, tokens, heads, width = x.shape
+    rows = x.reshape(batch * tokens, heads * width)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    sizes = map(_LONG, (len(rows), heads, width, rows.stride(0), tokens))
+    _native().ispa_rotate(_at(rows), _at(rotation.contiguous()), _at(y), *sizes)
+    return y
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, K) bfloat16 or float32 -> uint8 codes (M, K), zero point 128, and float32 scales (M, 1): the bits of
+    `quant.primitives.quantise_rows`."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    rows, columns = x.shape
+    codes, scale = torch.empty(rows, columns, dtype=torch.uint8), torch.empty(rows, 1)
+    wide = _INT(x.dtype == torch.float32)
+    _native().ispa_quantise(_at(x), wide, _LONG(rows), _LONG(columns), _LONG(x.stride(0)), _at(codes), _at(scale))
+    return codes, scale
+
+
+def rescale(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gelu: bool = False) -> Tensor:
+    """(M, N) times scale (M, 1) plus bias (N,), then GELU (tanh) if asked, in `dtype`; may write over product."""
+    product = product.contiguous()
+    rows, columns = product.shape
+    y = product if product.dtype == dtype else torch.empty(rows, columns, dtype=dtype)
+    wide = (_INT(t.dtype == torch.float32) for t in (product, y))
+    factors = scale.contiguous(), None if bias is None else bias.to(torch.float32).contiguous()
+    _native().ispa_rescale(
+        _at(product), next(wide), *map(_at, factors), _at(y), next(wide), _INT(gelu), _LONG(rows), _LONG(columns)
+    )
+    return y
+
+
+def gelu_quantise(product: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """GELU (tanh) of product (M, N) times scale (M, 1) plus bias (N,) -> uint8 codes (M, N) and scales (M, 1)."""
+    product = product.contiguous()
+    rows, columns = product.shape
+    codes, after = torch.empty(rows, columns, dtype=torch.uint8), torch.empty(rows, 1)
+    factors = scale.contiguous(), None if bias is None else bias.to(torch.float32).contiguous()
+    wide = _INT(product.dtype == torch.float32)
+    _native().ispa_gelu_quantise(
+        _at(product), wide, *map(_at, factors), _at(codes), _at(after), _LONG(rows), _LONG(columns)
+    )
+    return codes, after

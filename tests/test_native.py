@@ -1,0 +1,130 @@
+"""The C passes against float64, and where they must, bit for bit against the plain ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ispa_deploy import passes
+from ispa_deploy.model import CausalWanDiT
+from ispa_deploy.native import elementwise, library
+from ispa_deploy.passes import Norm
+from ispa_deploy.rope import Rope, rotate
+from quant.primitives import quantise_rows, rescale
+from tests.tiny import SPEC, latents_of, tiny_model, tiny_stream
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no AVX512-BF16 or no C compiler here")
+BF16 = torch.bfloat16
+ROUNDED = 2.0**-8  # of a bfloat16 result, relative to its size
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> object:
+    with torch.no_grad():
+        yield
+
+
+def _close(got: Tensor, want: Tensor) -> None:
+    assert got.dtype == BF16
+    torch.testing.assert_close(got.double(), want, rtol=ROUNDED, atol=ROUNDED * 0.05)
+
+
+def _norm(x: Tensor, how: Norm) -> Tensor:
+    """In float64."""
+    wide = F.layer_norm(x.double(), x.shape[-1:], eps=how.eps)
+    return wide * (how.scale.double() + how.modulates) + how.shift.double()
+
+
+@pytest.mark.parametrize("table", [(1, 1, 1, 64), (2, 3, 1, 64), (64,)])
+@pytest.mark.parametrize("modulates", [True, False])
+def test_residual_norm_and_modulation(table: tuple[int, ...], modulates: bool) -> None:
+    x, y = (torch.randn(2, 3, 5, 64).to(BF16) * 3 for _ in range(2))
+    gate, scale, shift = (torch.randn(table).to(BF16) for _ in range(3))
+    how = Norm(scale, shift, 1e-6, modulates)
+    assert elementwise.applies(x, 64)
+    _close(passes.norm(x, how), _norm(x, how))
+    _close(passes.add(x, y), x.double() + y.double())
+    _close(passes.add(x, y, gate), x.double() + gate.double() * y.double())
+    total, normed = passes.add_norm(x, y, how, gate)
+    _close(total, x.double() + gate.double() * y.double())
+    _close(normed, _norm(total, how))  # what is stored is what is normed
+
+
+def test_a_shared_table_beside_one_for_every_frame() -> None:
+    x, y = (torch.randn(1, 3, 4, 32).to(BF16) for _ in range(2))
+    gate, scale, shift = torch.randn(1, 3, 1, 32).to(BF16), *torch.randn(2, 32).to(BF16).unbind()
+    total, normed = passes.add_norm(x, y, Norm(scale, shift, 1e-6, modulates=False), gate)
+    _close(total, x.double() + gate.double() * y.double())
+    _close(normed, _norm(total, Norm(scale, shift, 1e-6, modulates=False)))
+
+
+def test_rms_norm_and_rotation_of_views() -> None:
+    wide, weight = torch.randn(2, 6, 192).to(BF16) * 5, torch.rand(64).to(BF16)
+    x = wide[..., 64:128]
+    want = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    _close(passes.rms_norm(x, weight, 1e-6), want)
+    turn = Rope(32, (2, 3)).frames([7])
+    heads = x.unflatten(-1, (2, 32))
+    pairs = torch.view_as_complex(heads.double().unflatten(-1, (-1, 2)).contiguous())
+    _close(rotate(heads, turn), torch.view_as_real(pairs * turn.to(torch.complex128)).flatten(-2))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_quantisation_and_rescaling_are_the_plain_ones_bit_for_bit(dtype: torch.dtype) -> None:
+    x = (torch.randn(70, 96) * torch.logspace(-6, 6, 70)[:, None]).to(dtype)
+    x[0], x[1, :48] = 0, x[1, 48:]
+    codes, scale = elementwise.quantise(x[:, :48])
+    want_codes, want_scale = quantise_rows(x[:, :48], unsigned=True)
+    assert torch.equal(codes, want_codes)
+    assert torch.equal(scale, want_scale)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x[3, 5] = bad
+        scale = elementwise.quantise(x)[1]
+        assert scale[3].isnan()
+        assert scale[[0, 1, 2, 4]].isfinite().all()
+    product, factor, bias = torch.randn(9, 32).to(dtype), torch.rand(9, 1), torch.randn(32)
+    for wanted in (None, bias):
+        for out in (BF16, torch.float32):
+            want = rescale(product, factor, wanted, out)
+            assert torch.equal(elementwise.rescale(product.clone(), factor, wanted, out), want)
+
+
+def test_gelu_and_its_quantisation() -> None:
+    product, factor, bias = (torch.randn(12, 64) * 20).to(BF16), torch.rand(12, 1), torch.randn(64)
+    product[0, 0], product[0, 1] = 3e4, -3e4
+    exact = F.gelu(product.double() * factor.double() + bias.double(), approximate="tanh")
+    wide = elementwise.rescale(product.clone(), factor, bias, torch.float32, gelu=True)
+    torch.testing.assert_close(wide.double(), exact, rtol=2e-6, atol=2e-6)
+    codes, scale = elementwise.gelu_quantise(product, factor, bias)
+    torch.testing.assert_close(scale.double(), exact.abs().amax(-1, keepdim=True) / 127, rtol=1e-5, atol=0)
+    error = (codes.double() - 128) * scale.double() - exact
+    assert float((error.abs() / scale.double()).max()) <= 0.501
+    product[2, 3] = float("nan")
+    assert elementwise.gelu_quantise(product, factor, bias)[1].isnan().flatten().nonzero().flatten().tolist() == [2]
+
+
+def test_what_the_passes_leave_alone() -> None:
+    x = torch.randn(4, 64)
+    assert not elementwise.applies(x, 64)
+    assert not elementwise.applies(x.to(BF16), 60)
+    assert not elementwise.applies(x.to(BF16)[:0], 64)
+    with torch.enable_grad():
+        assert not elementwise.applies(x.to(BF16).requires_grad_(), 64)
+
+
+def test_a_bfloat16_stream_comes_no_further_from_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C passes and attention against plain PyTorch, both against the same weights in float32."""
+
+    def stream(model: CausalWanDiT, backend: str) -> Tensor:
+        return latents_of(tiny_stream(model, policy="full", frames=15, backend=backend))
+
+    narrow = tiny_model(SPEC).to(BF16)
+    wide = tiny_model(SPEC)
+    wide.load_state_dict({name: value.float() for name, value in narrow.state_dict().items()})
+    want, native = stream(wide, "cpu-flash"), stream(narrow, "auto")
+    monkeypatch.setattr(elementwise, "library", lambda: None)
+    plain = stream(narrow, "cpu-flash")
+    assert not torch.equal(native, plain)
+    assert float((native - want).norm()) <= 1.1 * float((plain - want).norm())
