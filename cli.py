@@ -418,10 +418,10 @@ def _run(
     stored = load_deltas(files.deltas, base_sha256=bundle.base_sha256, spec=bundle.spec) if files.deltas else None
     stream = bundle.stream(first, options, deltas=stored, switches=later)
     planned = cues(first, later, stream.chunks)
-    for cue in planned[1:]:
-        say(cue.line(len(stream.chunks)))
     if save_deltas is not None:
         check_deltas_to_come(stream)
+    for cue in planned[1:]:
+        say(cue.line(len(stream.chunks)))
     live = LivePrompts(sys.stdin.fileno(), bundle.text_rows, say) if prompts.live else None
     with stop_on_interrupt() as stop, progress_bar() as show:
         border = (lambda index: live.follow(stream, index)) if live else (lambda _: None)

@@ -30,8 +30,8 @@ class Setup:
     """What a stream's memory depends on, named as the flags of `run` and `quantize`.
 
     `scheme` other than `none`: one byte for each weight of the linears in `quantised` (None: all of the blocks').
-    `scored`: layers are ranked by their error, which takes statistics even where nothing is absorbed. `vae`: the Wan
-    VAE decodes on the device. `offload`: it rests on the CPU while it has nothing to do.
+    `scored`: layers are ranked by their error, which takes statistics even where nothing is absorbed; `heldout`: in two
+    halves. `vae`: the Wan VAE decodes on the device. `offload`: it rests on the CPU while it has nothing to do.
     """
 
     dtype: str = "bfloat16"
@@ -41,6 +41,7 @@ class Setup:
     ratio: float = 0.5
     local_layers: int | None = None
     scored: bool = True
+    heldout: bool = True
     warmup: int = 12
     window: int | None = None
     recent_frames: int = 0
@@ -205,13 +206,12 @@ def _wide_sink(spec: ModelSpec, setup: Setup) -> int:
 
 
 def _statistics(spec: ModelSpec, setup: Setup, policy: Policy, local: int) -> tuple[int, int]:
-    """Device and host: G, H and two sums, early and late, and the weight of `o` they refer to."""
+    """Device and host: G, H, two sums and an energy, once or early and late."""
     if not local or not (policy.absorbs or setup.scored):
         return 0, 0
-    kind = 2 * WIDE if setup.stats_double else WIDE
-    totals = 2 * 2 * kind * (spec.dim**2 + spec.dim) * spec.layers
-    weights = kind * spec.dim**2 * spec.layers
-    return (weights, totals) if setup.stats_device == "cpu" else (weights + totals, 0)
+    kind, halves = (2 * WIDE if setup.stats_double else WIDE), (2 if setup.heldout else 1)
+    totals = halves * 2 * kind * (spec.dim**2 + spec.dim) * spec.layers
+    return (0, totals) if setup.stats_device == "cpu" else (totals, 0)
 
 
 def _deltas(spec: ModelSpec, setup: Setup) -> int:

@@ -328,7 +328,7 @@ class KVCache:
         if self.spec.rope == "absolute" and start + count > limit:
             raise InputError(
                 f"frame {start + count - 1} is past this model's {limit} absolute positions: "
-                f"ask for at most {limit} frames, or rotate by window slot (--rope window)"
+                f"ask for at most {limit} frames, or rotate keys by their slot in the window (--infinity)"
             )
         with region("attention.cache"):
             for layer in self._layers:

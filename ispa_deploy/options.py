@@ -20,11 +20,17 @@ from ispa_deploy.context import Encoder
 from ispa_deploy.errors import InputError, known_names
 from ispa_deploy.policies import POLICIES, Policy
 from ispa_deploy.sampler import Sampler
+from ispa_deploy.specs import ModelSpec
 from ispa_deploy.stream import Decoder, Stream, default_noise
 
 if TYPE_CHECKING:
     from ispa_deploy.delta import Delta
     from ispa_deploy.model import CausalWanDiT
+
+
+SINK_DTYPES = ("float32", "model")
+POSITIONS = 1024
+"""Frames that a published table of absolute positions holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,7 @@ class StreamOptions:
     `spread_solve`: chunks after the warm-up over whose passes the solve is spread; 0: at once, as published.
 
     `full_commit` runs clean passes to their end, as upstream, and not only as far as a layer keeps something of them.
+    `sink`, `roll`, `infinity`, `sink_dtype`: see `stream_spec`.
     `kv_dtype`: how frames are held between chunks, `auto` (the model's own dtype), `int8` or `fp8`.
     """
 
@@ -46,6 +53,10 @@ class StreamOptions:
     warmup: int | None = None
     recent_frames: int = 0
     window: int | None = None
+    sink: int | None = None
+    sink_dtype: str = "float32"
+    roll: bool = False
+    infinity: bool = False
     ridge_absolute: float | None = None
     ridge_relative: float | None = None
     ranking: str | None = None
@@ -79,6 +90,41 @@ class StreamOptions:
         return POLICIES[self.policy]
 
 
+def stream_spec(spec: ModelSpec, options: StreamOptions) -> ModelSpec:
+    """The model's own rules of streaming, with those that the options change.
+
+    `sink`: first frames that stay in the window. `roll`: a window that ends the stream when it is full lets its oldest
+    frames go instead. `infinity`: keys are rotated at their slot in the window, so that positions never run out.
+    `sink_dtype` `model`: an averaging sink is rounded to the cache's dtype after every chunk, as upstream.
+    """
+    if options.sink_dtype not in SINK_DTYPES:
+        raise known_names("sink dtype", options.sink_dtype, SINK_DTYPES)
+    if options.sink is not None and options.sink < 0:
+        raise InputError(f"--sink {options.sink}: expected 0 or more frames")
+    return replace(
+        spec,
+        sink_frames=spec.sink_frames if options.sink is None else options.sink,
+        ema_wide=spec.ema_wide and options.sink_dtype == "float32",
+        rolls=spec.rolls or options.roll,
+        max_frames=max(spec.max_frames, POSITIONS) if options.roll else spec.max_frames,
+        rope="window" if options.infinity else spec.rope,
+    )
+
+
+def _check_length(spec: ModelSpec, frames: int) -> None:
+    """InputError where the stream would fail at its end: now, not after minutes of work."""
+    if not spec.rolls and frames > spec.window_frames:
+        raise InputError(
+            f"{frames} frames: '{spec.name}' keeps all of them, {spec.window_frames} at most; ask for fewer --frames, "
+            "or let its window roll with --roll --sink 1"
+        )
+    if spec.rope == "absolute" and frames > spec.max_frames:
+        raise InputError(
+            f"{frames} frames: '{spec.name}' has {spec.max_frames} absolute positions; ask for fewer --frames, or "
+            "rotate keys by their slot in the window with --infinity"
+        )
+
+
 def open_stream(
     model: CausalWanDiT,
     text_rows: Tensor,
@@ -94,13 +140,14 @@ def open_stream(
 
     `deltas`: stored corrections, applied from the first chunk on without a warm-up. `switches`: (frame, text rows).
     """
-    spec, policy = model.spec, options.policy_value()
+    spec, policy = stream_spec(model.spec, options), options.policy_value()
     if options.window is not None and not policy.own_window:
         raise InputError("--window was given: expected --policy window with it")
     if policy.localises and len(text_rows) != 1:
         raise InputError(f"{len(text_rows)} prompts with policy '{policy.name}': expected one, run a stream for each")
     if policy.own_window:
         spec = replace(spec, window_frames=spec.window_frames if options.window is None else options.window)
+    _check_length(spec, options.frames)
     recent = options.recent_frames if policy.localises else 0
     cache = KVCache(
         spec, batch=len(text_rows), dtype=model.dtype, device=model.device, recent=recent, local_sink=policy.sink,

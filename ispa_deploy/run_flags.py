@@ -84,6 +84,16 @@ class StreamFlags:
     warmup: Annotated[int | None, typer.Option(help="Warm-up in frames (T_warm).")] = None
     recent_frames: Annotated[int, typer.Option(help="Recent frames that local layers also keep.")] = 0
     window: Annotated[int | None, typer.Option(help="Window in frames, with --policy window.")] = None
+    sink: Annotated[int | None, typer.Option(help="First frames that stay in the window; default: the model's.")] = None
+    sink_dtype: Annotated[
+        str, typer.Option(help="Of an averaging sink: float32, or model (rounded every chunk, as upstream).")
+    ] = "float32"
+    roll: Annotated[
+        bool, typer.Option("--roll", help="Let a window roll that would end the stream when full (Self-Forcing).")
+    ] = False
+    infinity: Annotated[
+        bool, typer.Option("--infinity", help="Rotate keys by their slot in the window: streams without an end.")
+    ] = False
     ridge_absolute: Annotated[float | None, typer.Option(help="λ itself (the paper's 0.001).")] = None
     ridge_relative: Annotated[float | None, typer.Option(help="ρ in λ = ρ · tr(G) / D.")] = None
     ranking: Annotated[str | None, typer.Option(help="epsilon, heldout or random.")] = None

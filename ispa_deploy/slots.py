@@ -86,7 +86,7 @@ class WindowSlots:
         if overflow > 0 and not self.rolls:
             raise InputError(
                 f"frame {start + count - 1} does not fit this model's cache of {self.capacity} frames: ask for at most "
-                f"{self.capacity} frames, or roll the window with --window {self.capacity} --sink 1"
+                f"{self.capacity} frames, or let the window roll (--roll --sink 1)"
             )
         evicted = tuple(self._oldest(overflow)) if overflow > 0 else ()
         for slot in evicted:

@@ -168,7 +168,7 @@ _TABLE = (
         licence="code Apache-2.0; weights: see the model card (reported cc-by-nc-sa-4.0)",
     ),
     ModelSpec(
-        name="self-forcing-1.3b", **_SMALL, window_frames=21, sink_frames=0, rolls=False, max_frames=21,  # type: ignore[arg-type]
+        name="self-forcing-1.3b", **_SMALL, window_frames=21, sink_frames=0, rolls=False,  # type: ignore[arg-type]
         source="gdhe17/Self-Forcing: checkpoints/self_forcing_dmd.pt",
         licence="code Apache-2.0; weights cc-by-nc-sa-4.0",
     ),

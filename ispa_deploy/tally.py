@@ -144,6 +144,8 @@ def _options(stream: Stream) -> dict[str, Any]:
         "spread_solve": absorber.spread,
         "recent_frames": cache.recent,
         "window": cache.spec.window_frames,
+        "sink_frames": cache.spec.sink_frames,
+        "rope": cache.spec.rope,
         "attention": cache.backend,
         "device": str(stream.model.device),
         "dtype": str(stream.model.dtype).removeprefix("torch."),

@@ -78,7 +78,7 @@ def test_every_kind_is_what_the_stream_allocates(
     assert last["kv"] == budget.kv
     assert last["wide_sink"] == budget.wide_sink
     assert most["wide_sink"] == max(budget.wide_sink_full, budget.wide_sink)
-    assert most["statistics"] == budget.statistics
+    assert most["statistics"] == pytest.approx(budget.statistics, rel=TOLERANCE)
     assert last["statistics"] == 0
     assert last["deltas"] == budget.deltas
     assert most["kv_scratch"] == pytest.approx(budget.kv_scratch, rel=TOLERANCE)
@@ -133,14 +133,13 @@ def test_published_geometry(name: str, numbers: int, cache_gib: float) -> None:
         cache.localise(layer, 1, 0)
     assert cache.persistent_bytes() == floating.kv
     one = Statistics(torch.empty(spec.dim, spec.dim, device="meta"))
-    assert floating.statistics == spec.layers * (2 * one.nbytes() + one.weight.nbytes)
+    assert floating.statistics == pytest.approx(spec.layers * 2 * one.nbytes())
     quantised = {name for name in shapes if name.startswith("blocks.")}
     rest = [p for n, p in model.named_parameters() if n.rpartition(".")[0] not in quantised]
     layers = sum(Int8Linear(k, n, device="meta").nbytes for n, k in (shapes[name] for name in quantised))
     assert eight.weights == layers + sum(p.nbytes for p in rest)
     host = predict(spec, Setup(stats_device="cpu"))
-    assert host.statistics + host.host_statistics == eight.statistics
-    assert host.host_statistics == spec.layers * 2 * one.nbytes()
+    assert (host.statistics, host.host_statistics) == (0, eight.statistics)
 
 
 def test_the_vae_beside_it(rng: torch.Generator) -> None:
