@@ -224,6 +224,34 @@ def profile(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="Model of the table of `models`.")],
+    gpu: Annotated[str, typer.Option(help="H200, H100, A100, L40S, RTX 4090; measured: as the stored reports.")],
+    ratio: Annotated[float, typer.Option(help="Share of layers that are local.")] = 0.5,
+    recent_frames: Annotated[int, typer.Option(help="Recent frames that local layers also keep.")] = 0,
+    window: Annotated[int | None, typer.Option(help="Window in frames; default: the model's.")] = None,
+    reports: Annotated[
+        Path | None, typer.Option(help="Reports to calibrate by: folder or report.json; default docs/results.")
+    ] = None,
+    json_only: JsonOpt = False,
+    stats: StatsOpt = None,
+) -> None:
+    """Predict memory and the split of a chunk's latency before anything is downloaded."""
+    from ispa_deploy.planner.plan import grid, sentences
+    from ispa_deploy.planner.plan import plan as predicted
+
+    document = predicted(model, gpu, reports=reports, ratio=ratio, recent=recent_frames, window=window)
+
+    def show() -> None:
+        head, *rows = (tuple(line) for line in grid(document))
+        print_table(head, rows)
+        for line in sentences(document):
+            typer.echo(line)
+
+    emit(document, json_only, stats, show)
+
+
+@app.command()
 def evaluate(
     bundle: BundleArg,
     pairs: Annotated[int, typer.Option(min=2, help="Prompt-seed pairs.")] = 24,

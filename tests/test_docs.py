@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("models", "quantize", "run", "profile", "compare", "evaluate", "inspect", "export", "demo")
+COMMANDS = ("models", "quantize", "run", "profile", "plan", "compare", "evaluate", "inspect", "export", "demo")
 
 
 def test_examples_of_the_api_page_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

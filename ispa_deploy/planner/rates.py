@@ -1,0 +1,149 @@
+"""Seconds per unit of work, row by row: taken from stored reports, or from a data sheet where there is none.
+
+Rows that multiply are counted in operations, rows that move in bytes, the rest in passes through a block. One report
+gives two sets of rates, for floating-point and for 8-bit linear layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+from ispa_deploy.errors import InputError
+from ispa_deploy.planner.devices import REACHED, Device
+from ispa_deploy.profile.work import Setting, Work, chunk_work, keys_of
+from ispa_deploy.specs import SPECS, ModelSpec
+
+ARITHMETIC = ("attention.kernel", "attention.cross", "linear.gemm")
+MOVING = ("attention.cache", "linear.quantise", "linear.dequantise", "overhead.norm", "overhead.rope")
+COUNTED = (*ARITHMETIC, *MOVING)
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Report = Mapping[str, Any]
+Run = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """`seconds[eight_bit][row]` per operation, byte or pass through a block; `source` says in words where from."""
+
+    seconds: Mapping[bool, Mapping[str, float]]
+    source: str
+    dtype: str
+
+
+def of_device(device: Device) -> Rates:
+    """What the data sheet allows, at the shares of it that were seen elsewhere."""
+    attention, move = 1 / (device.flops * REACHED["attention"]), 1 / (device.bytes * REACHED["memory"])
+    gemms = {False: 1 / (device.flops * REACHED["gemm"]), True: 1 / (device.ops8 * REACHED["gemm8"])}
+    seconds = {
+        eight: {
+            **dict.fromkeys(MOVING, move),
+            "attention.kernel": attention,
+            "attention.cross": attention,
+            "linear.gemm": gemm,
+        }
+        for eight, gemm in gemms.items()
+    }
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in REACHED.items())
+    return Rates(seconds, f"data sheet of {device.name}, assumed shares of it: {shares}; launches hidden", "bfloat16")
+
+
+def of_report(report: Report, names: Iterable[str] | None = None) -> Rates:
+    """What the runs of a report took per unit of work: means over runs, of all or of those in `names`."""
+    spec = spec_of(report)
+    seconds: dict[bool, dict[str, float]] = {}
+    wanted = None if names is None else set(names)
+    for eight in (False, True):
+        runs = [
+            run
+            for run in report["runs"]
+            if (run["scheme"] != "none") == eight
+            and run["name"] != "published"
+            and (wanted is None or run["name"] in wanted)
+        ]
+        if runs:
+            seconds[eight] = _mean_rates(spec, report, runs)
+    if not seconds:
+        raise InputError(f"report of '{report['model']['name']}': expected runs to take rates from, found none")
+    seconds.setdefault(True, seconds.get(False, {}))
+    seconds.setdefault(False, seconds[True])
+    return Rates(seconds, f"measured: {_where(report)}", report["model"]["dtype"])
+
+
+def _mean_rates(spec: ModelSpec, report: Report, runs: list[Run]) -> dict[str, float]:
+    """Time of all runs over work of all runs."""
+    totals: dict[str, tuple[float, float]] = {}
+    for run in runs:
+        units = units_of(spec, setting_of(spec, report, run))
+        for row, ms in run["components"].items():
+            time, work = totals.get(row, (0.0, 0.0))
+            totals[row] = time + ms / 1e3, work + units.get(row, _block_passes(spec))
+    return {row: time / work for row, (time, work) in totals.items() if work}
+
+
+def units_of(spec: ModelSpec, setting: Setting) -> dict[str, float]:
+    """Operations of the rows that multiply, bytes of those that move."""
+    work = chunk_work(spec, setting)
+    return {row: _unit(row, work.get(row, Work())) for row in COUNTED}
+
+
+def _unit(row: str, work: Work) -> float:
+    return work.flops if row in ARITHMETIC else work.bytes
+
+
+def times(spec: ModelSpec, setting: Setting, rates: Rates) -> dict[str, float]:
+    """Milliseconds of each row of a steady chunk."""
+    units = units_of(spec, setting)
+    return {
+        row: 1e3 * seconds * units.get(row, _block_passes(spec))
+        for row, seconds in rates.seconds[setting.eight_bit].items()
+    }
+
+
+def _block_passes(spec: ModelSpec) -> float:
+    return (len(spec.steps) + 1) * spec.layers
+
+
+def setting_of(spec: ModelSpec, report: Report, run: Run) -> Setting:
+    """What a run of a report computed."""
+    local = round(run["ratio"] * spec.layers)
+    near = (0 if run["policy"] == "no-sink" else 1) + run["recent"] + spec.chunk_frames
+    width = WIDTHS[report["model"]["dtype"]]
+    eight = run["scheme"] != "none"
+    return Setting(
+        keys=keys_of(spec, range(local), near), width=width, weight_width=1 if eight else width, stores=spec.layers
+    )
+
+
+def spec_of(report: Report) -> ModelSpec:
+    """The geometry of a report as a spec: of the table where it is there, with what the report says differs."""
+    model, geometry = report["model"], report["model"]["geometry"]
+    channels, height, width = geometry["latent"]
+    whole = geometry["frame_tokens"] == height * width
+    base = SPECS.get(model["name"])
+    return ModelSpec(
+        name=model["name"], dim=geometry["dim"], ffn_dim=geometry["ffn_dim"], heads=geometry["heads"],
+        layers=geometry["layers"], text_len=geometry["text_len"], latent_channels=channels, latent_height=height,
+        latent_width=width, patch=(1, 1, 1) if whole else (1, 2, 2), chunk_frames=model["chunk_frames"],
+        window_frames=model["window"], sink_frames=base.sink_frames if base else 1,
+        rope=base.rope if base else "absolute", text_dim=base.text_dim if base else 4096,
+        steps=tuple(range(1, model["passes"])),
+    )  # fmt: skip
+
+
+def nearest(spec: ModelSpec, reports: Iterable[Report]) -> Report | None:
+    """The report of the model most like this one in width: kernels reach shares of the peak that depend on it."""
+    ordered = sorted(reports, key=lambda report: abs(log(report["model"]["geometry"]["dim"] / spec.dim)))
+    return ordered[0] if ordered else None
+
+
+def hardware(report: Report) -> str:
+    env = report["env"]
+    return str(env["gpu"] or f"{env['cpu']}, {env['threads']} threads")
+
+
+def _where(report: Report) -> str:
+    return f"{report['model']['name']} ({report['model']['geometry']['layers']} layers) on {hardware(report)}"
