@@ -179,7 +179,7 @@ def run(
     opened = _accompanied(_open(bundle, machine, prompts.prompt_embeds), networks)
     sheet = files.out.with_suffix(".png") if files.sheet is None and files.out is not None else files.sheet
     outputs = Outputs(files.out, sheet, files.latents, opened.pixel_scale, prompts.prompt, files.audio)
-    document = _run(opened, prompts, options, outputs, files, machine.allow_fallback)
+    document = _run(opened, prompts, options, outputs, files, machine)
     emit(document, json_only, stats, lambda: print_run(document))
     if not document["complete"]:
         raise typer.Exit(INTERRUPTED)
@@ -346,7 +346,8 @@ def demo(
     make_folder(out)
     say("1/3  quantise the embedded model")
     quantised = _quantise("demo", out / "bundle", "w8a8", overwrite=True)
-    opened = _open(out / "bundle", MachineFlags(allow_fallback=True, device="cpu", threads=threads))
+    machine = MachineFlags(allow_fallback=True, device="cpu", threads=threads)
+    opened = _open(out / "bundle", machine)
     say(f'2/3  stream "{prompt}" twice: full cache, then ISPA')
     runs = {}
     for policy in ("full", "absorb"):
@@ -354,7 +355,7 @@ def demo(
             video=out / f"{policy}.mp4", sheet=out / f"{policy}.png", scale=opened.pixel_scale, label=policy
         )
         options = StreamOptions(frames=frames, seed=seed, policy=policy)
-        runs[policy] = _run(opened, PromptFlags(prompt), options, outputs, FileFlags(), True)
+        runs[policy] = _run(opened, PromptFlags(prompt), options, outputs, FileFlags(), machine)
         print_run(runs[policy], err=True)
         if not runs[policy]["complete"]:
             raise KeyboardInterrupt
@@ -426,8 +427,9 @@ def _accompanied(bundle: Bundle, networks: NetworkFlags) -> Bundle:
 
 
 def _run(
-    bundle: Bundle, prompts: PromptFlags, options: StreamOptions, outputs: Outputs, files: FileFlags, fallback: bool
-) -> dict[str, Any]:
+    bundle: Bundle, prompts: PromptFlags, options: StreamOptions, outputs: Outputs, files: FileFlags,
+    machine: MachineFlags,
+) -> dict[str, Any]:  # fmt: skip
     from export.deltas import load_deltas, save_deltas_of
     from ispa_deploy.media.output import output_path
     from ispa_deploy.prompts import LivePrompts, cues, plan_prompts, read_prompts
@@ -453,13 +455,15 @@ def _run(
     live = LivePrompts(sys.stdin.fileno(), bundle.text_rows, say) if prompts.live else None
     with stop_on_interrupt() as stop, progress_bar() as show:
         border = (lambda index: live.follow(stream, index)) if live else (lambda _: None)
-        document = run_stream(stream, outputs, on_progress=show, stop=stop, on_border=border)
+        document = run_stream(
+            stream, outputs, on_progress=show, stop=stop, on_border=border, overlap=machine.overlap_decode
+        )
     for note in document["absorption"]["notes"]:
         say(f"note: {note}")
     if save_deltas is not None and (stream.absorber.deltas or document["complete"]):
         save_deltas_of(save_deltas, stream.absorber, base_sha256=bundle.base_sha256)
         document["outputs"]["deltas"] = str(save_deltas)
-    warnings = assert_ran(bundle.model, bundle.manifest.quantised, allow_fallback=fallback)
+    warnings = assert_ran(bundle.model, bundle.manifest.quantised, allow_fallback=machine.allow_fallback)
     for warning in warnings:
         say(f"warning: {warning}")
     return {

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ispa_deploy.delta import DELTA_MODES, Delta
 from ispa_deploy.errors import RunError, known_names
+from ispa_deploy.media.ahead import DecodeAhead
 from ispa_deploy.media.output import partial_path
 from ispa_deploy.media.sheet import contact_sheet
 from ispa_deploy.media.video import VideoWriter
@@ -29,24 +30,32 @@ __all__ = ["Outputs", "Progress", "out_of_memory", "run_stream", "stop_on_interr
 
 
 class _Stopwatch:
-    """A decoder that counts its own time, so that the report can tell generation from decoding."""
+    """A decoder in the stream that counts its own time, so that the report can tell generation from decoding."""
 
-    def __init__(self, decoder: Decoder, device: torch.device):
-        self.decoder, self.device, self.seconds = decoder, device, 0.0
+    def __init__(self, decoder: Decoder | None, device: torch.device):
+        self.decoder, self.device, self.waited = decoder, device, 0.0
 
     def __call__(self, latents: Tensor) -> Tensor:
+        assert self.decoder is not None
         _settle(self.device)
         started = time.perf_counter()
         pixels = self.decoder(latents)
         _settle(self.device)
-        self.seconds += time.perf_counter() - started
+        self.waited += time.perf_counter() - started
         return pixels
+
+    def push(self, chunk: Chunk) -> list[Chunk]:
+        """The chunk, which has its pixels already."""
+        return [chunk]
+
+    def finish(self) -> list[Chunk]:
+        return []
 
 
 def _settle(device: torch.device) -> None:
-    """Device work is asynchronous: wait before reading a clock."""
+    """Device work is asynchronous: wait before reading a clock, but not for a decoder on a stream of its own."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
 
 
 @contextmanager
@@ -78,8 +87,11 @@ def run_stream(
     on_progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     on_border: Callable[[int], None] = lambda _: None,
+    overlap: bool = False,
 ) -> dict[str, Any]:
     """Iterate the stream, write the outputs and return the run's report as plain JSON types.
+
+    `overlap` decodes a chunk while the next one is generated; a model that needs the pixels decodes in between.
 
     `on_border` is called between chunks with the number of the next one, whose prompt it may still change.
 
@@ -90,10 +102,9 @@ def run_stream(
     outputs.check(stream.decoder is not None)
     _check_delta_mode(stream)
     spec, device, tally = stream.model.spec, stream.model.device, Tally()
-    watch = _Stopwatch(stream.decoder, device) if stream.decoder else None
-    stream.decoder = watch
     started = time.perf_counter()
     with ExitStack() as stack:
+        decoding = _decoding(stream, overlap, stack)
         video = None
         if outputs.video:
             video = stack.enter_context(
@@ -104,20 +115,46 @@ def run_stream(
         clock = time.perf_counter()
         for chunk in chunks:
             _settle(device)
+            decoded = decoding.push(chunk)
             tally.seconds.append(time.perf_counter() - clock)
             _check_finite(stream, chunk)
             keep(tally, chunk, stream, outputs)
-            if video and chunk.pixels is not None:
-                video.write(chunk.pixels[0])
+            _show(decoded, video, tally, outputs)
             if on_progress:
                 on_progress(progress_of(stream, tally, time.perf_counter() - started))
             if stop():
                 break
             on_border(chunk.index + 1)
             clock = time.perf_counter()
+        clock = time.perf_counter()
+        decoded = decoding.finish()
+        tally.seconds[-1:] = [last + time.perf_counter() - clock for last in tally.seconds[-1:]]
+        _show(decoded, video, tally, outputs)
     wall = time.perf_counter() - started
     _write(outputs, tally)
-    return report_of(stream, tally, wall, watch.seconds if watch else 0.0, outputs)
+    return report_of(stream, tally, wall, decoding.waited, outputs)
+
+
+def _decoding(stream: Stream, overlap: bool, stack: ExitStack) -> DecodeAhead | _Stopwatch:
+    """What turns the stream's latents into pixels, and counts the seconds that generation is held up by it."""
+    decoder, device = stream.decoder, stream.model.device
+    if overlap and decoder is not None and stream.context is None:
+        stream.decoder = None
+        return stack.enter_context(DecodeAhead(decoder, device))
+    watch = _Stopwatch(decoder, device)
+    stream.decoder = watch if decoder is not None else None
+    return watch
+
+
+def _show(chunks: list[Chunk], video: VideoWriter | None, tally: Tally, outputs: Outputs) -> None:
+    """Pixels that have come, into the video and, for the contact sheet, aside."""
+    for chunk in chunks:
+        if chunk.pixels is None:
+            continue
+        if outputs.sheet:
+            tally.pixels.append(chunk.pixels[0].cpu())
+        if video:
+            video.write(chunk.pixels[0])
 
 
 @contextmanager

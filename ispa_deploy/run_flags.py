@@ -146,6 +146,9 @@ class MachineFlags:
     dtype: DtypeOpt = "auto"
     threads: ThreadsOpt = None
     tune_allocator: TuneOpt = True
+    overlap_decode: Annotated[
+        bool, typer.Option("--overlap-decode", help="Decode a chunk while the next one is generated; same pixels.")
+    ] = False
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -75,8 +75,6 @@ def keep(tally: Tally, chunk: Chunk, stream: Stream, outputs: Outputs) -> None:
     tally.held = {name: max(count, tally.held.get(name, 0)) for name, count in held_bytes(stream).items()}
     if outputs.latents:
         tally.latents.append(chunk.latents.cpu())
-    if outputs.sheet and chunk.pixels is not None:
-        tally.pixels.append(chunk.pixels[0].cpu())
 
 
 def progress_of(stream: Stream, tally: Tally, wall: float) -> Progress:

@@ -223,7 +223,7 @@ class Absorber:
         solution = solve(early if late is None else early + late, settings.ridge, intercept=settings.intercept)
         score = None if solution.failed else solution.residual
         if late is not None and not solution.failed:
-            trial = solve(early, settings.ridge, intercept=settings.intercept)
+            trial = solve(early, settings.ridge, intercept=settings.intercept, certified=False)
             score = None if trial.weight is None else late.residual(trial.weight, trial.bias)
         return LayerRecord(solution, score)
 

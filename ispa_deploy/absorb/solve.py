@@ -55,8 +55,11 @@ class Solution:
         return self.status.startswith("failed")
 
 
-def solve(stats: Statistics, ridge: Ridge, *, intercept: bool = False) -> Solution:
-    """Ridge regression of the gap's projection on the local rows; never raises on bad numbers, says so in `status`."""
+def solve(stats: Statistics, ridge: Ridge, *, intercept: bool = False, certified: bool = True) -> Solution:
+    """Ridge regression of the gap's projection on the local rows; never raises on bad numbers, says so in `status`.
+
+    `certified` False leaves condition and residual out (NaN): half the time, for a fit that is only tried.
+    """
     gram, cross_w = stats.gram.double(), stats.projected_cross()
     if intercept and stats.rows > 0:
         gap_w = stats.weight.to(gram.device).double() @ stats.gap_sum.double()
@@ -77,9 +80,9 @@ def solve(stats: Statistics, ridge: Ridge, *, intercept: bool = False) -> Soluti
         weight=weight,
         bias=bias,
         ridge=strength,
-        condition=_condition(gram, strength, factor),
+        condition=_condition(gram, strength, factor) if certified else math.nan,
         effective_rank=float(gram.trace() ** 2 / gram.square().sum()),
-        residual=stats.residual(weight, bias),
+        residual=stats.residual(weight, bias) if certified else math.nan,
         gap=stats.gap_energy,
         status=f"ridge raised x10^{raised}" if raised else "ok",
     )

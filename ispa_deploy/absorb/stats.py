@@ -39,6 +39,7 @@ class Statistics:
         self.local_sum = torch.zeros(width, dtype=dtype, device=device)
         self.gap_sum = torch.zeros_like(self.local_sum)
         self._energy = torch.zeros((), dtype=torch.float64, device=sample.device)
+        self._projected: Tensor | None = None
         self.rows = 0.0
 
     @property
@@ -101,6 +102,7 @@ class Statistics:
         self._spend(full - local, weight)
 
     def _count(self, a: Tensor, e: Tensor, rows: int, weight: float) -> None:
+        self._projected = None
         self.local_sum.add_(a.to(self.cross.device), alpha=weight)
         self.gap_sum.add_(e.to(self.cross.device), alpha=weight)
         self.rows += weight * rows
@@ -112,6 +114,7 @@ class Statistics:
 
     def scale(self, factor: float) -> None:
         """Let every row so far count `factor` times what it did: exponential forgetting when called once a chunk."""
+        self._projected = None
         for total in (self._gram, self.cross, self.local_sum, self.gap_sum, self._energy):
             total.mul_(factor)
         self.rows *= factor
@@ -128,7 +131,7 @@ class Statistics:
 
     def _like(self, total: Callable[[str], Tensor], rows: float) -> Statistics:
         made = object.__new__(Statistics)
-        made._weight, made.rows = self._weight, rows
+        made._weight, made.rows, made._projected = self._weight, rows, None
         made.gram, made.cross = total("gram"), total("cross")
         made.local_sum, made.gap_sum, made._energy = total("local_sum"), total("gap_sum"), total("_energy")
         return made
@@ -149,8 +152,10 @@ class Statistics:
         return float(error)
 
     def projected_cross(self) -> Tensor:
-        """H W, (I, O) float64."""
-        return self.cross.double() @ self.weight.to(self.cross.device).double().T
+        """H W, (I, O) float64: made once, solve and certificate both ask for it."""
+        if self._projected is None:
+            self._projected = self.cross.double() @ self.weight.to(self.cross.device).double().T
+        return self._projected
 
 
 def _add_square_(total: Tensor, rows: Tensor, weight: float) -> bool:
