@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test test-slow test-gpu bench bench-gpu lint venv clean
+.PHONY: demo test test-slow test-gpu bench bench-paper bench-gpu lint venv clean
 
 demo: $(READY)
 	$(PY) -m cli demo -o demo-out
@@ -34,6 +34,10 @@ test-gpu: $(READY)
 
 bench: $(READY)
 	$(PY) -m tests.bench
+
+# The paper's geometry, size and window on a CPU, two layers of it: some ten minutes on its own.
+bench-paper: $(READY)
+	$(PY) -m tests.bench --only longlive-1.3b
 
 bench-gpu: $(READY)
 	$(PY) -m tests.bench --suite gpu

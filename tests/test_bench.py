@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from ispa_deploy.profile.geometries import GEOMETRIES
 from tests.bench.chunk import Plan, measure
+from tests.bench.readme import END, START, main, reports, table
 from tests.tiny import SPEC
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_published_loop_is_one_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +32,28 @@ def test_the_published_loop_is_one_of_the_runs(monkeypatch: pytest.MonkeyPatch) 
     assert loop["chunk_ms"]["n"] == 6
     assert loop["chunk_ms"]["interval"] is not None
     assert all(row["layers"] for run in report["runs"] for row in run["audit"])
+
+
+def test_the_readme_shows_what_the_result_files_say(tmp_path: Path) -> None:
+    """The table between the markers is the one that the stored files give, and running it again changes nothing."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    made = table(ROOT / "docs" / "results")
+    assert f"{START}\n{made}\n{END}" in readme
+    copy = tmp_path / "README.md"
+    copy.write_text(readme, encoding="utf-8")
+    assert main([str(copy), "--results", str(ROOT / "docs" / "results")]) == 0
+    assert copy.read_text(encoding="utf-8") == readme
+
+
+def test_the_table_has_every_run_of_every_report() -> None:
+    made = table(ROOT / "docs" / "results")
+    stored = reports(ROOT / "docs" / "results")
+    assert stored
+    assert made.count("Made by") == len(stored)
+    for _, report in stored:
+        for run in report["runs"]:
+            assert f"| {run['speedup']:.2f}x |" in made
+
+
+def test_without_results_the_table_says_so(tmp_path: Path) -> None:
+    assert "make bench" in table(tmp_path)

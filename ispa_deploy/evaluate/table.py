@@ -90,20 +90,20 @@ def terminal_table(document: dict[str, Any]) -> Table:
     return table
 
 
-def replace_section(path: Path, text: str) -> None:
+def replace_section(path: Path, text: str, start: str = START, end: str = END) -> None:
     """Put `text` between the markers of a file, which stay; the file is replaced whole or not at all."""
-    before, after = split_section(path)
-    replace_text(path, f"{before}{START}\n{text}\n{END}{after}")
+    before, after = split_section(path, start, end)
+    replace_text(path, f"{before}{start}\n{text}\n{end}{after}")
 
 
-def split_section(path: Path) -> tuple[str, str]:
+def split_section(path: Path, start: str = START, end: str = END) -> tuple[str, str]:
     """What stands before the start marker and after the end marker; InputError unless the file has both, in order."""
     if not path.is_file():
-        raise InputError(f"'{path}' does not exist: expected a text with the lines {START} and {END}")
+        raise InputError(f"'{path}' does not exist: expected a text with the lines {start} and {end}")
     text = path.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise InputError(f"'{path}' does not hold {START} and {END} once each, in this order: put them where it goes")
-    return text.split(START)[0], text.split(END)[1]
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise InputError(f"'{path}' does not hold {start} and {end} once each, in this order: put them where it goes")
+    return text.split(start)[0], text.split(end)[1]
 
 
 def _lines(document: dict[str, Any]) -> Iterator[tuple[str, Numbers]]:

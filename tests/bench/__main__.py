@@ -1,7 +1,8 @@
 """`python -m tests.bench [--suite cpu|gpu] [-o docs/results]`: every measurement, into `<output>/<device>/*.json`.
 
 The CPU suite takes under 10 minutes on 2 cores. Each part runs in a process of its own, so that none inherits another's
-memory, and writes its file as soon as it is done. `--only` picks parts; `--rounds` trades time for spread.
+memory, and writes its file as soon as it is done; at the end the README's speed table is made anew. `--only` picks
+parts, also ones that the suite leaves out; `--rounds` trades time for spread.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import torch
 
+from ispa_deploy.evaluate.table import replace_section
 from ispa_deploy.profile.environment import environment, slug
+from tests.bench.readme import END, RESULTS, START, table
 
 SUITES: dict[str, tuple[str, ...]] = {
     "cpu": ("demo", "mid", "ladder", "int8_linear", "merge", "memory"),
@@ -38,7 +41,7 @@ def command(part: str, output: Path, arguments: argparse.Namespace) -> list[str]
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=sorted(SUITES), default="cpu")
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     parts = [part for suite in SUITES.values() for part in suite]
     parser.add_argument("--only", nargs="+", metavar="PART", choices=parts)
     parser.add_argument("--rounds", type=int, help="rounds of the side-by-side comparisons")
@@ -56,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         done = subprocess.run(command(part, folder / f"{part}.json", arguments), check=False)
         print(f"== {part}: exit {done.returncode}, {time.monotonic() - start:.0f} s", flush=True)
         failed += [part] if done.returncode else []
+    if Path("README.md").is_file() and arguments.output == RESULTS:
+        replace_section(Path("README.md"), table(RESULTS), START, END)
     if failed:
         print(f"beyond a limit or failed: {', '.join(failed)}")
     return 1 if failed else 0

@@ -24,6 +24,7 @@ from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.files import write_json, write_text
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
 from ispa_deploy.profile.table import markdown, terminal
+from ispa_deploy.profile.windows import LONG
 from ispa_deploy.regions import region
 from quant.audit import audit
 from tests.bench.published import SteadyPublished
@@ -33,7 +34,8 @@ from tests.bench.published import SteadyPublished
 class Plan:
     """How a geometry is measured: rounds of `chunks` plain and `chunks` recorded chunks per configuration.
 
-    `plain`: rounds more without a recorder; `layers`: only so many. `shared_clock`: what `--shared` reads; a reading
+    `plain`: rounds more without a recorder; `layers`: only so many; `brief`: the runs of
+    the paper alone, without their start and without long windows. `shared_clock`: what `--shared` reads; a reading
     of the CPU clock is a system call, too dear for the demo's marks.
     """
 
@@ -42,16 +44,17 @@ class Plan:
     chunks: int
     plain: int = 0
     layers: int | None = None
+    brief: bool = False
     shared_clock: str = "cpu"
 
 
 PLANS = {
     "cpu": {
         "demo": Plan(torch.float32, rounds=10, chunks=2, shared_clock="wall"),
-        "mid": Plan(torch.bfloat16, rounds=3, chunks=1, plain=3),
+        "mid": Plan(torch.bfloat16, rounds=2, chunks=1, plain=4),
         # The paper's geometry and window in two layers, one of them local: every layer costs the same.
-        "longlive-1.3b": Plan(torch.bfloat16, rounds=3, chunks=1, layers=2),
-        "krea-14b": Plan(torch.bfloat16, rounds=3, chunks=1, layers=2),
+        "longlive-1.3b": Plan(torch.bfloat16, rounds=1, chunks=1, plain=2, layers=2, brief=True),
+        "krea-14b": Plan(torch.bfloat16, rounds=1, chunks=1, plain=2, layers=2, brief=True),
     },
     "cuda": {
         "demo": Plan(torch.float32, rounds=10, chunks=2),
@@ -60,6 +63,7 @@ PLANS = {
         "krea-14b": Plan(torch.bfloat16, rounds=3, chunks=1, plain=3),
     },
 }
+PAPER_RUNS = ("full", "ispa", "full+w8a8", "ispa+w8a8")
 STEPS = {"cpu": {"longlive-1.3b": (1000,), "krea-14b": (1000,)}}
 """Fewer denoising passes where a CPU has no time for all of them: one and the clean one."""
 
@@ -74,11 +78,15 @@ def measure(geometry: str, plan: Plan, device: str, rounds: int | None, shared: 
     eight = copy.deepcopy(model)
     print(quant.quantise_(eight, scheme).summary())
     start = time.monotonic()
+    runs = [*published(model), *configurations(model, eight, scheme.name)]
+    if plan.brief:
+        runs = [replace(run, starts=False) for run in runs if run.name in PAPER_RUNS]
     report = compare(
-        [*published(model), *configurations(model, eight, scheme.name)],
+        runs,
         chunks=plan.chunks,
         rounds=rounds or plan.rounds,
         plain_only=plan.plain,
+        windows=() if plan.brief else (LONG,),
         pixel_frames=model.spec.temporal_stride,
         clock=plan.shared_clock if shared else "wall",
         timeline=False,
