@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ispa_deploy.linear import Linear
-from ispa_deploy.passes import Norm, add, add_norm, norm, rms_norm
+from ispa_deploy.passes import Norm, add, add_norm, feed_forward, norm, rms_norm
 from ispa_deploy.regions import region
 from ispa_deploy.specs import ModelSpec
 
@@ -140,10 +140,7 @@ class Block(nn.Module):
         y = self.cross_attn(y.flatten(1, 2), text, cross)
         with region("overhead.norm"):
             x, y = add_norm(x, y.unflatten(1, frames), Norm(scale_f, shift_f, self.eps))
-        y = self.ffn[0](y)
-        with region("overhead.norm"):
-            y = self.ffn[1](y)
-        y = self.ffn[2](y)
+        y = feed_forward(self.ffn[0], self.ffn[1], self.ffn[2], y)
         with region("overhead.norm"):
             return add(x, y, gate_f)
 

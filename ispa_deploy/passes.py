@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ispa_deploy.native import elementwise
+from ispa_deploy.regions import region
 
 
 class Norm(NamedTuple):
@@ -58,3 +59,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return elementwise.rms_norm(x, weight, eps)
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def feed_forward(up: nn.Module, gelu: nn.Module, down: nn.Module, x: Tensor) -> Tensor:
+    """down(gelu(up(x))); an 8-bit `up` may hand its successor quantised rows, made in one pass with the GELU.
+
+    A layer that is being watched by hooks is called as any module.
+    """
+    watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in (up, down))
+    fused = None if watched else getattr(up, "gelu_into", None)
+    rows = None if fused is None else fused(x, down)
+    if rows is not None:
+        return down(rows)
+    y = up(x)
+    with region("overhead.norm"):
+        overwritten = not watched and elementwise.applies(y, y.shape[-1])
+        y = elementwise.gelu_(y) if overwritten else gelu(y)
+    return down(y)

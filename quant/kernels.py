@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ispa_deploy.errors import InputError
+from ispa_deploy.native import elementwise
 from quant import kernels_cpu, kernels_cuda, kernels_float8, kernels_packages
 from quant.primitives import FLOAT8, ZERO_POINT, Activations, int_matmul, quantise_as, quantise_fixed
 
@@ -150,6 +151,24 @@ def multiply(rows: QuantisedRows, weight: Resident, bias: Tensor | None) -> Tens
     # The operator's dispatch costs tens of microseconds: only graphs pay it.
     run = _run_in_graph if torch.compiler.is_compiling() else _run
     return run(rows.codes, rows.scale, weight.number, bias, weight.outputs, rows.source.dtype)
+
+
+def fuses_gelu(x: Tensor, weight: Resident, after: Resident) -> bool:
+    """Whether `multiply_gelu` takes x (..., K) on its way through `weight` into `after`."""
+    same = weight.entry.kernel is after.entry.kernel is kernels_cpu.ONEDNN
+    return same and elementwise.applies(x, weight.outputs, wide=True)
+
+
+def multiply_gelu(rows: QuantisedRows, weight: Resident, bias: Tensor | None) -> QuantisedRows:
+    """GELU (tanh) of the product, quantised for the next layer, in one pass; ask `fuses_gelu` first."""
+    entry, dtype = weight.entry, rows.source.dtype
+    entry.calls += 1
+    codes, scale = kernels_cpu.ONEDNN.multiply_gelu_quantise(
+        rows.codes, rows.scale, entry.packed, entry.column, bias, dtype
+    )
+    # The values themselves are nowhere: a source of the right shape and dtype, without memory.
+    source = torch.empty((), dtype=dtype).expand(*rows.source.shape[:-1], weight.outputs)
+    return QuantisedRows(codes, scale, source)
 
 
 def candidates(family: Family, device_type: str) -> Sequence[Kernel]:

@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from ispa_deploy.delta import DELTA_MODES, Delta
 from ispa_deploy.errors import InputError
 from ispa_deploy.regions import region
-from quant.kernels import Family, Kernel, QuantisedRows, Resident, kernel_for, multiply, quantise
+from quant.kernels import (
+    Family,
+    Kernel,
+    QuantisedRows,
+    Resident,
+    fuses_gelu,
+    kernel_for,
+    multiply,
+    multiply_gelu,
+    quantise,
+)
 from quant.primitives import MAX_FEATURES, check_finite, dequantise, quantise_weight
 
 
@@ -103,6 +113,15 @@ class QuantisedLinear(nn.Module):
                 delta = self.delta.weight
                 y = y + F.linear(source.reshape(-1, self.in_features).to(delta.dtype), delta).to(y.dtype)
         return y.reshape(*source.shape[:-1], self.out_features)
+
+    def gelu_into(self, x: Tensor, after: nn.Module) -> QuantisedRows | None:
+        """GELU (tanh) of `forward(x)` as the rows that `after` takes; None where no one pass makes them."""
+        plain = type(after) is type(self) and self.delta is None and after.delta is None
+        if not plain or after.pre_quant_scale is not None or torch.compiler.is_compiling():
+            return None
+        if not fuses_gelu(x, self._prepared(), after._prepared()):
+            return None
+        return multiply_gelu(self.quantise(x), self._prepared(), self.bias)
 
     def quantise(self, x: Tensor) -> QuantisedRows:
         """(..., K) -> rows that every layer of this kind, input and device accepts: quantise once for q, k and v."""

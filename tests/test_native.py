@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ispa_deploy import passes
+from ispa_deploy.delta import Delta
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.native import elementwise, library
 from ispa_deploy.passes import Norm
 from ispa_deploy.rope import Rope, rotate
+from quant.linear import Int8Linear
 from quant.primitives import quantise_rows, rescale
 from tests.tiny import SPEC, latents_of, tiny_model, tiny_stream
 
@@ -103,6 +105,43 @@ def test_gelu_and_its_quantisation() -> None:
     assert float((error.abs() / scale.double()).max()) <= 0.501
     product[2, 3] = float("nan")
     assert elementwise.gelu_quantise(product, factor, bias)[1].isnan().flatten().nonzero().flatten().tolist() == [2]
+
+
+def test_an_8_bit_feed_forward_hands_on_quantised_rows() -> None:
+    """Against float64 no worse than the layers called one by one, counted as run, and not taken while watched."""
+    up, down = nn.Linear(64, 96, dtype=BF16), nn.Linear(96, 64, dtype=BF16)
+    x = torch.randn(2, 20, 64).to(BF16) * 2
+    exact = down.double()(F.gelu(up.double()(x.double()), approximate="tanh"))
+    eight = [Int8Linear.from_float(layer) for layer in (up, down)]
+    for layer in eight:
+        layer.prepare()
+    gelu = nn.GELU(approximate="tanh")
+    if eight[0].gelu_into(x, eight[1]) is None:
+        pytest.skip("this CPU multiplies eight bits by another kernel")
+    before = [layer.calls for layer in eight]
+    fused = passes.feed_forward(eight[0], gelu, eight[1], x)
+    assert [layer.calls - count for layer, count in zip(eight, before, strict=True)] == [1, 1]
+    apart = eight[1](gelu(eight[0](x)))
+    assert fused.shape == apart.shape
+    assert fused.dtype == BF16
+    assert float((fused - exact).norm()) <= 1.05 * float((apart - exact).norm())
+    seen: list[Tensor] = []
+    handle = eight[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    watched = passes.feed_forward(eight[0], gelu, eight[1], x)
+    handle.remove()
+    assert torch.equal(watched, apart)
+    torch.testing.assert_close(seen[0], gelu(eight[0](x)), rtol=0, atol=0)
+    eight[1].set_delta(Delta(torch.zeros(64, 96)), "side")
+    assert eight[0].gelu_into(x, eight[1]) is None
+
+
+def test_a_bfloat16_feed_forward() -> None:
+    up, down, gelu = nn.Linear(64, 96).to(BF16), nn.Linear(96, 64).to(BF16), nn.GELU(approximate="tanh")
+    x = torch.randn(2, 20, 64).to(BF16) * 2
+    exact = down.double()(F.gelu(up.double()(x.double()), approximate="tanh"))
+    up, down = up.to(BF16), down.to(BF16)
+    got, plain = passes.feed_forward(up, gelu, down, x), down(gelu(up(x)))
+    assert float((got - exact).norm()) <= 1.05 * float((plain - exact).norm())
 
 
 def test_what_the_passes_leave_alone() -> None:

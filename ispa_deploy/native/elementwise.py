@@ -130,6 +130,12 @@ def rescale(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dt
     return y
 
 
+def gelu_(x: Tensor) -> Tensor:
+    """GELU (tanh) of bfloat16 x (..., C), contiguous, written over it."""
+    rows = x.view(-1, x.shape[-1])
+    return rescale(rows, torch.ones(len(rows), 1), None, x.dtype, gelu=True).view(x.shape)
+
+
 def gelu_quantise(product: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """GELU (tanh) of product (M, N) times scale (M, 1) plus bias (N,) -> uint8 codes (M, N) and scales (M, 1)."""
     product = product.contiguous()
