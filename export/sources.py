@@ -51,8 +51,9 @@ def load_source(
     """The floating model behind `demo`, `random`, or the path of a checkpoint file or folder; in eval mode, on the CPU.
 
     `model` names its spec; a checkpoint may go without where its shapes and layout fit one spec only, and `say` is told
-    what was concluded. `dtype` None keeps the checkpoint's (bfloat16 for `random`, as upstream runs). `lora`: an
-    adapter to merge, scaled by `lora_alpha` / its rank. Raises InputError naming the file and what does not fit.
+    what was concluded. `dtype` None: bfloat16, as upstream runs, for models of the table but the demo; else the
+    checkpoint's own. `lora`: an adapter to merge, scaled by `lora_alpha` / its rank. Raises InputError naming the file
+    and what does not fit.
     """
     spec = spec_for(model) if isinstance(model, str) else model
     if str(source) not in NAMED:
@@ -119,7 +120,7 @@ def open_weights(
     source = checkpoint.source(Path(path).absolute().name)
     if lora is not None and adapter is not None:
         source = with_lora(source, Path(lora), adapter)
-    return Weights(spec, dtype or stored, source, checkpoint, adapter)
+    return Weights(spec, dtype or _usual_dtype(spec, stored), source, checkpoint, adapter)
 
 
 def with_lora(source: Source, file: Path, adapter: Lora) -> Source:
@@ -183,6 +184,12 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
             )
     widest = reduce(torch.promote_types, {tensor.dtype for tensor in checkpoint.state.values()})
     return torch.float32 if widest == torch.float64 else widest
+
+
+def _usual_dtype(spec: ModelSpec, stored: torch.dtype) -> torch.dtype:
+    """What upstream runs a published checkpoint in, which it stores wider; the stored one for other models."""
+    published = spec.name in SPECS and spec.name != "demo"
+    return torch.bfloat16 if published else stored
 
 
 def _ready(model: CausalWanDiT) -> CausalWanDiT:
