@@ -1,4 +1,4 @@
-"""`python -m tests.bench [--suite cpu|gpu] [-o docs/results]`: every measurement, into `<output>/<device>/*.json`.
+"""`python -m tests.bench [--suite cpu|storage|gpu] [-o docs/results]`: every measurement, into `<output>/<device>/*.json`.
 
 The CPU suite takes under 10 minutes on 2 cores. Each part runs in a process of its own, so that none inherits another's
 memory, and writes its file as soon as it is done; at the end the README's speed table is made anew. `--only` picks
@@ -21,9 +21,10 @@ from tests.bench.readme import END, RESULTS, START, table
 
 SUITES: dict[str, tuple[str, ...]] = {
     "cpu": ("demo", "mid", "ladder", "int8_linear", "merge", "memory"),
+    "storage": ("kv", "deltas"),
     "gpu": ("longlive-1.3b", "krea-14b", "attention"),
 }
-_ALONE = ("ladder", "int8_linear", "merge", "memory", "attention")
+_ALONE = ("ladder", "int8_linear", "merge", "memory", "kv", "deltas", "attention")
 """Parts with a module of their own; the others are geometries for `tests.bench.chunk`."""
 
 

@@ -1,0 +1,128 @@
+"""`python -m tests.bench.kv`: keys and values in 8 bits against the same stream without: time, bytes and error.
+
+Time: steady chunks of the mid geometry with ISPA, one thread, CPU time of the process, so that other processes on the
+machine do not count. The streams take turns and the result is the median over rounds of the ratio of neighbours. Error:
+what 8 bits take from the embedded model's own keys and values, and from its latents, chunk by chunk, same noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import quant
+from export.sources import load_source
+from ispa_deploy.demo.prompts import embed, parse_prompt
+from ispa_deploy.evaluate.variants import demo_pairs
+from ispa_deploy.kvstore import KV_DTYPES
+from ispa_deploy.model import CausalWanDiT
+from ispa_deploy.options import StreamOptions, open_stream
+from ispa_deploy.profile.environment import environment
+from ispa_deploy.profile.files import write_json
+from ispa_deploy.profile.geometries import GEOMETRIES, random_model
+from ispa_deploy.profile.steady import SteadyStream
+
+LIMIT = 1.05
+"""Time of a chunk whose cache has 8 bits, over that of the same chunk without."""
+
+
+def chunk_seconds(steady: SteadyStream) -> float:
+    """CPU time of one steady chunk."""
+    with steady.turn():
+        start = time.process_time()
+        steady.step()
+        return time.process_time() - start
+
+
+def times(model: CausalWanDiT, linears: str, rounds: int) -> list[dict[str, Any]]:
+    """One row per KV dtype, on one model."""
+    streams = {
+        name: SteadyStream.open(model, StreamOptions(kv_dtype=name), rounds + 1) for name in KV_DTYPES
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in streams}
+    for number in range(rounds + 1):
+        order = list(streams)[number % len(streams) :] + list(streams)[: number % len(streams)]
+        for name in order:
+            seconds[name].append(chunk_seconds(streams[name]))
+        print(f"{linears} round {number}: " + ", ".join(f"{name} {t[-1]:.2f} s" for name, t in seconds.items()))
+    plain = streams["auto"].stream.cache
+    return [
+        {
+            "linears": linears,
+            "kv": name,
+            "chunk_s": median(seconds[name][1:]),
+            "over_auto": median(a / b for a, b in zip(seconds[name][1:], seconds["auto"][1:], strict=True)),
+            "persistent_bytes": stream.stream.cache.persistent_bytes(),
+            "bytes_over_auto": stream.stream.cache.persistent_bytes() / plain.persistent_bytes(),
+            "scratch_bytes": stream.stream.cache.scratch_bytes(),
+            "one_layer_bytes": plain.full_bytes() // plain.spec.layers,
+        }
+        for name, stream in streams.items()
+    ]
+
+
+def errors(pairs: int, frames: int) -> list[dict[str, Any]]:
+    """One row per policy and form of 8 bits: relative L2 errors on the embedded model, the same layers local."""
+    model, _ = load_source("demo")
+    rows = []
+    for policy in ("full", "absorb"):
+        latents: dict[str, list[Tensor]] = {name: [] for name in KV_DTYPES}
+        told: dict[str, list[dict[str, float | None]]] = {name: [] for name in KV_DTYPES}
+        for pair in demo_pairs(pairs):
+            layers = None
+            for name in KV_DTYPES:
+                options = StreamOptions(frames=frames, seed=pair.seed, policy=policy, kv_dtype=name, layers=layers)
+                stream = open_stream(model, embed(parse_prompt(pair.prompt)[None]), options)
+                latents[name].append(torch.cat([chunk.latents for chunk in stream], 1))
+                told[name].append(stream.cache.errors())
+                layers = tuple(stream.absorber.local_layers()) or None
+        exact = torch.cat(latents["auto"])
+        for name in KV_DTYPES[1:]:
+            parts = zip((torch.cat(latents[name]) - exact).split(3, 1), exact.split(3, 1), strict=True)
+            rows.append({
+                "policy": policy, "kv": name, "pairs": pairs,
+                **{kind: median(each[kind] or 0.0 for each in told[name]) for kind in ("keys", "values")},
+                "latents_by_chunk": [float(lost.norm() / whole.norm()) for lost, whole in parts],
+            })  # fmt: skip
+            print(json.dumps(rows[-1]))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print and write the rows; 1 where 8 bits cost more time than `LIMIT`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--frames", type=int, default=24)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    quant.tune_allocator()
+    wrong = errors(arguments.pairs, arguments.frames)
+    model = random_model(GEOMETRIES["mid"], torch.bfloat16)
+    eight = copy.deepcopy(model)
+    quant.quantise_(eight, quant.resolve("w8a8", "cpu")[0])
+    rows = [*times(model, "bf16", arguments.rounds), *times(eight, "w8a8", arguments.rounds)]
+    document = {
+        "schema_version": 1,
+        "command": "python -m tests.bench.kv",
+        "env": environment(torch.device("cpu")),
+        "times": rows,
+        "errors": wrong,
+    }
+    if arguments.json:
+        write_json(arguments.json, document)
+    print(json.dumps(rows))
+    return 0 if all(row["over_auto"] <= LIMIT for row in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
