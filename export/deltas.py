@@ -1,8 +1,8 @@
 """The deltas of one stream in one file, bound to the bundle they were fitted on.
 
 Deltas never mix with the base. A file holds `blocks.N.self_attn.o.delta_weight` (O, I) in the dtype that ran and
-`.delta_bias` (O,) float32, and in its header one JSON text: version, base, policy, the options that the fit depends on,
-and every layer's record.
+`.delta_bias` (O,) float32, or in place of the weight its factors `.delta_up` (O, r) and `.delta_down` (r, I). The
+header holds one JSON text: version, base, policy, the options that the fit depends on, and every layer's record.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ HEADER_KEY = "ispa_deltas"
 
 _FIELDS = {
     "format_version": int, "base_sha256": str, "mode": str, "policy": str, "recent_frames": int, "ratio": (int, float),
-    "ranking": str, "ridge": dict, "layers": list, "records": list,
+    "ranking": str, "ridge": dict, "layers": list, "records": list, "quantisation_aware": bool,
 }  # fmt: skip
+_LATER = {"quantisation_aware": False}
+"""Fields that files written before them lack, and what those files meant."""
+_PARTS = ("delta_weight", "delta_up", "delta_down", "delta_bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +48,7 @@ class StoredDeltas:
 
     def to(self, device: torch.device | str) -> dict[int, Delta]:
         """The deltas on another device, same numbers."""
-        return {
-            layer: Delta(delta.weight.to(device), delta.bias.to(device) if delta.bias is not None else None)
-            for layer, delta in self.deltas.items()
-        }
+        return {layer: delta.to(device) for layer, delta in self.deltas.items()}
 
     def options(self, options: StreamOptions) -> StreamOptions:
         """`options` with the mode of the stored stream for `auto`; InputError where the fit would not hold."""
@@ -74,6 +74,7 @@ def save_deltas(
     ranking: str,
     ridge: Ridge,
     records: Sequence[LayerRecord],
+    quantisation_aware: bool = False,
 ) -> Path:
     """Write the deltas of a stream (`absorber.deltas`, `absorber.records`) to a `.safetensors` file.
 
@@ -84,13 +85,12 @@ def save_deltas(
         raise InputError(f"deltas '{path}': the stream has none; let it run past its warm-up, with policy absorb")
     entries: dict[str, Entry] = {}
     for layer, delta in deltas.items():
-        entries[f"{_prefix(layer)}.delta_weight"] = Entry.of(delta.weight)
-        if delta.bias is not None:
-            entries[f"{_prefix(layer)}.delta_bias"] = Entry.of(delta.bias)
+        entries |= {f"{_prefix(layer)}.{name}": Entry.of(tensor) for name, tensor in delta.tensors().items()}
     header = {
         "format_version": FORMAT_VERSION, "base_sha256": base_sha256, "mode": mode, "policy": policy,
         "recent_frames": recent_frames, "ratio": ratio, "ranking": ranking, "ridge": asdict(ridge),
         "layers": sorted(deltas), "records": [_plain(record) for record in records],
+        "quantisation_aware": quantisation_aware,
     }  # fmt: skip
     text = json.dumps(header, sort_keys=True, allow_nan=False)
     partial = partial_path(target)
@@ -110,7 +110,7 @@ def save_deltas_of(path: str | Path, absorber: Absorber, *, base_sha256: str) ->
     return save_deltas(
         path, absorber.deltas, base_sha256=base_sha256, mode=absorber.mode, policy=absorber.policy.name,
         recent_frames=absorber.cache.recent, ratio=absorber.choice.ratio, ranking=settings.ranking,
-        ridge=settings.ridge, records=absorber.records,
+        ridge=settings.ridge, records=absorber.records, quantisation_aware=settings.quantisation_aware,
     )  # fmt: skip
 
 
@@ -129,11 +129,10 @@ def load_deltas(path: str | Path, *, base_sha256: str, spec: ModelSpec) -> Store
         found = listing(file)
         _check_tensors(found, header["layers"], spec, where)
         tensors = {name: check_finite(file.get_tensor(name), name, where) for name in found}
-    names = {layer: _prefix(layer) for layer in header["layers"]}
-    deltas = {
-        layer: Delta(tensors[f"{name}.delta_weight"], tensors.get(f"{name}.delta_bias"))
-        for layer, name in names.items()
-    }
+    deltas = {}
+    for layer in header["layers"]:
+        own = {name: tensors[full] for name in _PARTS if (full := f"{_prefix(layer)}.{name}") in tensors}
+        deltas[layer] = Delta.of(own, on_codes=header["quantisation_aware"])
     return StoredDeltas(deltas, header)
 
 
@@ -158,7 +157,7 @@ def read_header(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if version not in (None, FORMAT_VERSION):
         raise InputError(f"'{where}' has format_version {version!r}: this version reads {FORMAT_VERSION}; upgrade")
-    header = checked(fields, _FIELDS, where)
+    header = checked({**_LATER, **fields} if isinstance(fields, dict) else fields, _FIELDS, where)
     if header["mode"] not in DELTA_MODES:
         raise InputError(f"'{where}' has delta mode {header['mode']!r:.40}: expected one of {', '.join(DELTA_MODES)}")
     return header
@@ -174,15 +173,22 @@ def _check_layers(layers: list[Any], spec: ModelSpec, where: str) -> None:
 
 
 def _check_tensors(found: Mapping[str, tuple[str, Shape]], layers: list[int], spec: ModelSpec, where: str) -> None:
-    weights = {f"{_prefix(layer)}.delta_weight": ((spec.dim, spec.dim), FLOATS) for layer in layers}
-    biases = {f"{_prefix(layer)}.delta_bias": ((spec.dim,), ("F32",)) for layer in layers}
-    missing, unexpected = sorted(set(weights) - set(found)), sorted(set(found) - set(weights) - set(biases))
+    expected: dict[str, tuple[Shape, tuple[str, ...]]] = {}
+    for layer in layers:
+        name = _prefix(layer)
+        shape = found.get(f"{name}.delta_down", ("", ()))[1]
+        rank = shape[0] if len(shape) == 2 else 0
+        weight = {"delta_up": (spec.dim, rank), "delta_down": (rank, spec.dim)}
+        for part, wanted in (weight if rank else {"delta_weight": (spec.dim, spec.dim)}).items():
+            expected[f"{name}.{part}"] = wanted, FLOATS
+        if f"{name}.delta_bias" in found:
+            expected[f"{name}.delta_bias"] = (spec.dim,), ("F32",)
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unexpected:
         raise InputError(
             f"{where}: {len(missing)} tensors missing{few(missing)}, {len(unexpected)} unexpected{few(unexpected)}: "
             "expected those of the layers in its header"
         )
-    expected: dict[str, tuple[Shape, tuple[str, ...]]] = {**weights, **biases}
     for name, (code, shape) in sorted(found.items()):
         if shape != expected[name][0] or code not in expected[name][1]:
             raise InputError(

@@ -11,6 +11,7 @@ from ispa_deploy.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from ispa_deploy.absorb.lowrank import Rank
     from ispa_deploy.stream import Stream
 
 
@@ -41,6 +42,20 @@ def ridge_of(kind: str, value: float | None) -> float | None:
     if value is not None and not 0 <= value < math.inf:
         raise InputError(f"--ridge-{kind} {value}: expected a finite number of 0 or more")
     return value
+
+
+def rank_of(text: str | None) -> Rank | None:
+    """`16` or `auto:0.99`."""
+    from ispa_deploy.absorb.lowrank import Rank
+
+    if text is None:
+        return None
+    share = text.removeprefix("auto:")
+    try:
+        given = int(text) if share == text else float(share)
+    except ValueError:
+        raise InputError(f"--delta-rank '{text}': expected a number of directions, or auto:0.99") from None
+    return Rank(count=given) if isinstance(given, int) else Rank(share=given)
 
 
 def make_folder(path: Path) -> None:

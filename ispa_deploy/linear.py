@@ -33,12 +33,16 @@ class Linear(nn.Linear):
             y = F.linear(x, self._folded_weight, self._folded_bias)
         if self.delta_mode == "side":
             with region("linear.delta"):
-                y = y + F.linear(x.to(self.delta.weight.dtype), self.delta.weight).to(y.dtype)
+                y = y + self.delta.beside(x).to(y.dtype)
         return y
 
     def reference_weight(self) -> Tensor:
         """(O, I) float32 copy of the weight."""
         return self.weight.detach().float()
+
+    def multiplied(self, x: Tensor) -> Tensor:
+        """x itself: nothing is rounded on the way in."""
+        return x
 
     def set_delta(self, delta: Delta | None, mode: str = "auto") -> None:
         """Carry `delta` (`side` or `fold`); None restores the layer, whose own weight was never written to."""
@@ -49,7 +53,7 @@ class Linear(nn.Linear):
         if mode not in ("side", "fold"):
             raise InputError(f"delta mode '{mode}' on a layer kept in {self.weight.dtype}: expected auto, side or fold")
         weight = self.weight.detach()
-        self._folded_weight = weight if mode == "side" else (weight.float() + delta.weight.float()).to(weight.dtype)
+        self._folded_weight = weight if mode == "side" else (weight.float() + delta.dense()).to(weight.dtype)
         bias = self.bias.detach() if self.bias is not None else None
         if delta.bias is not None:
             old = bias.float() if bias is not None else torch.zeros_like(delta.bias)

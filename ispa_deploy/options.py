@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ispa_deploy.absorb.absorber import Absorber
+from ispa_deploy.absorb.lowrank import Rank
 from ispa_deploy.absorb.presets import Settings, settings_for
 from ispa_deploy.absorb.records import Choice
 from ispa_deploy.absorb.solve import Ridge
@@ -42,6 +43,7 @@ class StreamOptions:
     `full_commit` runs clean passes to their end, as upstream, and not only as far as a layer keeps something of them.
     `sink`, `roll`, `infinity`, `sink_dtype`: see `stream_spec`.
     `kv_dtype`: how frames are held between chunks, `auto` (the model's own dtype), `int8` or `fp8`.
+    `delta_rank`: how many directions of each correction are kept; None: all. `quantisation_aware`: see `Settings`.
     """
 
     frames: int = 21
@@ -65,6 +67,8 @@ class StreamOptions:
     share: float | None = None
     delta: str = "auto"
     delta_dtype: torch.dtype | None = None
+    delta_rank: Rank | None = None
+    quantisation_aware: bool = False
     stats_double: bool | None = None
     stats_device: str | None = None
     spread_solve: int = 0
@@ -82,6 +86,7 @@ class StreamOptions:
         return settings_for(
             self.preset, warmup=self.warmup, ridge=ridge, ranking=self.ranking, intercept=self.intercept,
             half_life=self.half_life, share=self.share, double=self.stats_double,
+            quantisation_aware=self.quantisation_aware,
         )  # fmt: skip
 
     def policy_value(self) -> Policy:
@@ -163,6 +168,7 @@ def open_stream(
         dtype=options.delta_dtype or model.dtype,
         stats_device=options.stats_device,
         spread=options.spread_solve,
+        rank=options.delta_rank,
     )
     if deltas is not None:
         absorber.adopt(deltas)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from ispa_deploy.flags import device_of, integers_of, ridge_of
+from ispa_deploy.flags import device_of, integers_of, rank_of, ridge_of
 from ispa_deploy.printing import json_path
 
 if TYPE_CHECKING:
@@ -99,6 +99,10 @@ class StreamFlags:
     ranking: Annotated[str | None, typer.Option(help="epsilon, heldout or random.")] = None
     share: Annotated[float | None, typer.Option(min=0, max=1, help="How much of the solution is applied.")] = None
     delta: Annotated[str, typer.Option(help="auto, side, requant or fold.")] = "auto"
+    delta_rank: Annotated[str | None, typer.Option(help="Keep R directions of each correction, or auto:SHARE.")] = None
+    quantisation_aware: Annotated[
+        bool, typer.Option("--quantisation-aware", help="Fit corrections to activations as 8-bit layers see them.")
+    ] = False
     stats_device: Annotated[str | None, typer.Option(help="Where statistics are summed; `cpu` saves GPU memory.")] = (
         None
     )
@@ -120,6 +124,7 @@ class StreamFlags:
             "layers": integers_of(self.layers),
             "ridge_absolute": ridge_of("absolute", self.ridge_absolute),
             "ridge_relative": ridge_of("relative", self.ridge_relative),
+            "delta_rank": rank_of(self.delta_rank),
             "stats_device": None if self.stats_device is None else str(device_of(self.stats_device)),
         }
         return StreamOptions(**{**asdict(self), **read})

@@ -140,6 +140,7 @@ def _options(stream: Stream) -> dict[str, Any]:
         "layers": absorber.choice.layers,
         "delta": absorber.mode,
         "spread_solve": absorber.spread,
+        "delta_rank": asdict(absorber.rank) if absorber.rank is not None else None,
         "recent_frames": cache.recent,
         "window": cache.spec.window_frames,
         "sink_frames": cache.spec.sink_frames,

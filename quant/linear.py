@@ -110,8 +110,8 @@ class QuantisedLinear(nn.Module):
         if self.delta_mode == "side":
             assert self.delta is not None
             with _mark("linear.delta"):
-                delta = self.delta.weight
-                y = y + F.linear(source.reshape(-1, self.in_features).to(delta.dtype), delta).to(y.dtype)
+                beside = dequantise(rows.codes, rows.scale) if self.delta.on_codes else source
+                y = y + self.delta.beside(beside.reshape(-1, self.in_features)).to(y.dtype)
         return y.reshape(*source.shape[:-1], self.out_features)
 
     def gelu_into(self, x: Tensor, after: nn.Module) -> QuantisedRows | None:
@@ -219,8 +219,13 @@ class QuantisedLinear(nn.Module):
         weight = dequantise(self.codes(), self.weight_scale)
         return weight if self.pre_quant_scale is None else weight.mul_(self.pre_quant_scale)
 
+    def multiplied(self, x: Tensor) -> Tensor:
+        """x (M, K) -> what its codes stand for, float32."""
+        rows = self.quantise(x)
+        return dequantise(rows.codes, rows.scale)
+
     def _with(self, delta: Delta) -> Tensor:
-        return self.reference_weight().add_(delta.weight)
+        return self.reference_weight().add_(delta.dense())
 
     def _encoded_with(self, delta: Delta) -> tuple[Tensor, Tensor]:
         """Codes and scales of the weight with the delta, for the input as it is quantised."""
@@ -252,9 +257,11 @@ class QuantisedLinear(nn.Module):
 
     def _check(self, delta: Delta) -> None:
         expected = (self.out_features, self.in_features)
-        if delta.weight.shape != expected:
-            raise InputError(f"delta of shape {tuple(delta.weight.shape)}: expected {expected}; choose its own model")
-        check_finite(delta.weight, "delta")
+        if delta.shape != expected:
+            raise InputError(f"delta of shape {delta.shape}: expected {expected}; choose its own model")
+        for factor in (delta.weight, delta.down):
+            if factor is not None:
+                check_finite(factor, "delta")
 
     def delta_nbytes(self) -> int:
         """Bytes held because of the delta: the delta itself and the second weight of `requant` or `fold`."""

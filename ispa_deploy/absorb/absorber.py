@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ispa_deploy.absorb.lowrank import Rank, Truncation, truncate
 from ispa_deploy.absorb.presets import Settings
 from ispa_deploy.absorb.records import Choice, LayerRecord
 from ispa_deploy.absorb.rows import stride_of, thinned
-from ispa_deploy.absorb.solve import Solution, solve
+from ispa_deploy.absorb.solve import solve
 from ispa_deploy.absorb.stats import Statistics, Weight
 from ispa_deploy.cache import KVCache
 from ispa_deploy.delta import Delta, DeltaTarget, resting
@@ -48,6 +49,7 @@ class Absorber:
     dtype: torch.dtype = torch.float32
     stats_device: str | None = None
     spread: int = 0
+    rank: Rank | None = None
 
     def __post_init__(self) -> None:
         spec = self.cache.spec
@@ -67,6 +69,8 @@ class Absorber:
         if not self.policy.localises:
             return
         self.settings.check(spec.chunk_frames, spec.first_chunk_frames or spec.chunk_frames)
+        if self.rank is not None:
+            self.rank.check(spec.dim)
         bad = [layer for layer in self.choice.layers or () if not 0 <= layer < len(self.targets)]
         if bad:
             raise InputError(f"layers {bad}: this model has layers 0 to {len(self.targets) - 1}")
@@ -180,6 +184,8 @@ class Absorber:
                 if self._taken is None:
                     self._taken = thinned(count, self._stride, self._phase).to(a.device)
                 a, f = a[self._taken], f[self._taken]
+            if self.settings.quantisation_aware:
+                a = self.targets[layer].multiplied(a)
             self._active[layer].update_pair(a, f, weight=count / len(a))
 
     def _transition(self) -> None:
@@ -210,8 +216,10 @@ class Absorber:
         solution = record.solution
         assert solution is not None
         if self.policy.absorbs and not solution.failed:
-            record.delta = self._delta(solution)
+            record.delta = self._delta(record)
         record.solution = replace(solution, weight=None, bias=None)
+        if record.truncation is not None:
+            record.truncation = replace(record.truncation, weight=None, down=None, bias=None)
         return record
 
     def _solve(self, layer: int) -> LayerRecord:
@@ -220,12 +228,16 @@ class Absorber:
         index = layer - len(self.targets) + len(self._early)
         early = self._early[index].to(device)
         late = self._late[index].to(device) if self._late else None
-        solution = solve(early if late is None else early + late, settings.ridge, intercept=settings.intercept)
+        every = early if late is None else early + late
+        solution = solve(every, settings.ridge, intercept=settings.intercept)
         score = None if solution.failed else solution.residual
         if late is not None and not solution.failed:
             trial = solve(early, settings.ridge, intercept=settings.intercept, certified=False)
             score = None if trial.weight is None else late.residual(trial.weight, trial.bias)
-        return LayerRecord(solution, score)
+        cut = None
+        if self.rank is not None and self.policy.absorbs and not solution.failed:
+            cut = truncate(every, solution, self.rank)
+        return LayerRecord(solution, score, truncation=cut)
 
     def _ranked(self) -> list[int]:
         """Layers in the order in which they become local."""
@@ -238,13 +250,15 @@ class Absorber:
         scored = [layer for layer in layers if self.records[layer].score is not None]
         return sorted(scored, key=lambda layer: self.records[layer].score or 0.0)
 
-    def _delta(self, solution: Solution) -> Delta:
+    def _delta(self, record: LayerRecord) -> Delta:
         """Rounded here, before its first use, to what would be stored: a stored delta is the delta that ran."""
-        assert solution.weight is not None
-        device = self.cache.device
-        share = self.settings.share
-        bias = (share * solution.bias).float().to(device) if solution.bias is not None else None
-        return Delta((share * solution.weight).to(self.dtype).to(device), bias)
+        device, share, found = self.cache.device, self.settings.share, record.truncation or record.solution
+        assert found is not None
+        assert found.weight is not None
+        bias = (share * found.bias).float().to(device) if found.bias is not None else None
+        down = found.down.to(self.dtype).to(device) if isinstance(found, Truncation) and found.down is not None else None
+        weight = (share * found.weight).to(self.dtype).to(device)
+        return Delta(weight, bias, down, on_codes=self.settings.quantisation_aware)
 
     def _localise(self, layer: int, delta: Delta | None) -> None:
         self.cache.localise(layer, self.policy.sink, self.cache.recent)

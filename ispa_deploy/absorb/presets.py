@@ -21,6 +21,7 @@ class Settings:
     rows are subsampled by a stride that keeps at least this many times the layer's width; None keeps every row.
     `share`: how much of ΔW and bias is applied. Layers are fitted one by one but absorb together, each on inputs that
     the others have already changed: a little less of each is closer to the full run (docs/log.md).
+    `quantisation_aware`: rows are fitted as an 8-bit layer multiplies them, Q(a) in place of a.
     """
 
     warmup: int = 12
@@ -32,6 +33,7 @@ class Settings:
     share: float = 0.7
     rows_per_width: int | None = 8
     double: bool = False
+    quantisation_aware: bool = False
 
     def check(self, chunk: int, first: int) -> None:
         """InputError unless the warm-up holds the chunks this kind of fit needs."""

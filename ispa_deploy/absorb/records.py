@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ispa_deploy.absorb.lowrank import Truncation
 from ispa_deploy.absorb.solve import Solution
 from ispa_deploy.delta import Delta
 from ispa_deploy.errors import InputError
@@ -12,7 +13,8 @@ from ispa_deploy.errors import InputError
 
 @dataclass
 class LayerRecord:
-    """What is known of one layer: its solution, the score it was ranked by (None: unscored) and whether it is local.
+    """What is known of one layer: its solution, the score it was ranked by (None: unscored), whether it is local, and
+    what of the solution is left at a low rank.
 
     `delta` is what a solved layer would carry, until the layers that become local are chosen.
     """
@@ -21,11 +23,14 @@ class LayerRecord:
     score: float | None = None
     local: bool = False
     delta: Delta | None = None
+    truncation: Truncation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         solution = self.solution
         fields = ("ridge", "condition", "effective_rank", "residual", "gap", "status")
         details = {name: getattr(solution, name) for name in fields} if solution else {}
+        if self.truncation is not None:
+            details |= {f"delta_{name}": getattr(self.truncation, name) for name in ("rank", "kept", "increase")}
         return {"kind": "L" if self.local else "F", "score": self.score, **details}
 
 

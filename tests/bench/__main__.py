@@ -1,8 +1,8 @@
-"""`python -m tests.bench [--suite cpu|storage|gpu] [-o docs/results]`: every measurement, into `<output>/<device>/*.json`.
+"""`python -m tests.bench [--suite cpu|storage|gpu] [-o docs/results]`: every measurement.
 
-The CPU suite takes under 10 minutes on 2 cores. Each part runs in a process of its own, so that none inherits another's
-memory, and writes its file as soon as it is done; at the end the README's speed table is made anew. `--only` picks
-parts, also ones that the suite leaves out; `--rounds` trades time for spread.
+Results go to `<output>/<device>/*.json`. The CPU suite takes under 10 minutes on 2 cores. Each part runs in a process
+of its own, so that none inherits another's memory, and writes its file as soon as it is done; at the end the README's
+speed table is made anew. `--only` picks parts, also ones that the suite leaves out; `--rounds` trades time for spread.
 """
 
 from __future__ import annotations
