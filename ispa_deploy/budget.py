@@ -47,6 +47,7 @@ class Setup:
     recent_frames: int = 0
     delta: str = "auto"
     delta_bytes: int | None = None
+    delta_rank: int | None = None
     intercept: bool = True
     stats_double: bool = False
     stats_device: str | None = None
@@ -220,8 +221,9 @@ def _deltas(spec: ModelSpec, setup: Setup) -> int:
     square, quantised = spec.dim**2, bool(_quantised(spec, setup))
     mode = setup.delta if setup.delta != "auto" else ("requant" if quantised else "fold")
     second = {"side": 0, "fold": (setup.delta_bytes or item) * square, "requant": square + WIDE * spec.dim}[mode]
+    numbers = square if setup.delta_rank is None else 2 * setup.delta_rank * spec.dim
     bias = (WIDE + (WIDE if quantised else item)) * spec.dim if setup.intercept else 0
-    return (setup.delta_bytes or item) * square + second + bias
+    return (setup.delta_bytes or item) * numbers + second + bias
 
 
 def _decoder(spec: ModelSpec, setup: Setup) -> int:

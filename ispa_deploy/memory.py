@@ -51,6 +51,7 @@ def setup_of(stream: Stream) -> Setup:
         recent_frames=cache.recent,
         delta=absorber.mode,
         delta_bytes=absorber.dtype.itemsize,
+        delta_rank=absorber.rank.count if absorber.rank is not None else None,
         intercept=absorber.settings.intercept,
         stats_double=absorber.settings.double,
         stats_device=absorber.stats_device,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from ispa_deploy.absorb.lowrank import Rank
 from ispa_deploy.absorb.stats import Statistics
 from ispa_deploy.budget import VAE_PARAMETERS, VAE_STATE, Setup, linears, parameters, predict
 from ispa_deploy.cache import KVCache
@@ -52,6 +53,9 @@ CASES: list[tuple[ModelSpec, str, torch.dtype, dict[str, Any]]] = [
     (FIRST, "none", torch.bfloat16, {"warmup": 10, "delta": "fold"}),
     (FIRST, "none", torch.bfloat16, {"warmup": 10, "policy": "no-sink", "ratio": 0.5}),
     (DEEP, "w8a8-int8", torch.bfloat16, {"policy": "sink-local", "ranking": "random"}),
+    (SPEC, "none", torch.bfloat16, {"kv_dtype": "int8", "delta": "side", "delta_rank": Rank(count=5)}),
+    (WINDOW, "w8a8-int8", torch.bfloat16, {"kv_dtype": "fp8", "recent_frames": 3, "delta_rank": Rank(count=7)}),
+    (EMA, "none", torch.float32, {"kv_dtype": "int8"}),
     (DEEP, "w8a8-int8", torch.float32, {"layers": (1, 5), "stats_double": True}),
 ]
 

@@ -256,9 +256,13 @@ class Absorber:
         assert found is not None
         assert found.weight is not None
         bias = (share * found.bias).float().to(device) if found.bias is not None else None
-        down = found.down.to(self.dtype).to(device) if isinstance(found, Truncation) and found.down is not None else None
-        weight = (share * found.weight).to(self.dtype).to(device)
-        return Delta(weight, bias, down, on_codes=self.settings.quantisation_aware)
+        down = found.down if isinstance(found, Truncation) else None
+        return Delta(
+            (share * found.weight).to(self.dtype).to(device),
+            bias,
+            None if down is None else down.to(self.dtype).to(device),
+            on_codes=self.settings.quantisation_aware,
+        )
 
     def _localise(self, layer: int, delta: Delta | None) -> None:
         self.cache.localise(layer, self.policy.sink, self.cache.recent)
