@@ -16,6 +16,7 @@ from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions
 from ispa_deploy.profile.breakdown import Breakdown, typical
 from ispa_deploy.profile.environment import peak_rss, resident, restart_peak
+from ispa_deploy.profile.kernels import measure_kernels
 from ispa_deploy.profile.layers import block_times
 from ispa_deploy.profile.recorder import ChunkRecorder, Clock, measure, recorder_for, stopwatch
 from ispa_deploy.profile.start import Start, measure_start
@@ -55,6 +56,7 @@ class Configuration:
 
     `scheme` is the name of what was done to the model's linears, `audit` reports what ran and `complaints` what did
     not run as it was asked for. `starts`: whether cold start, warm-up and transition are measured as well.
+    `traced`: rows come from kernels by name, for a compiled model, in which marks are lost.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Configuration:
     complaints: Callable[[nn.Module], list[str]] | None = None
     opener: Opener = SteadyStream.open
     starts: bool = True
+    traced: bool = False
 
 
 @dataclass
@@ -111,15 +114,23 @@ def take_turn(
         before = held_before(model.device)
         for number in range(chunks):
             if recorded_first == (number % 2 == 0):
-                lane.recorded.append(measure(steady.step, model, model.device, clock, lane.recorder))
+                lane.recorded.append(_record(lane, clock))
                 lane.plain.append(stopwatch(steady.step, model.device, clock))
             else:
                 lane.plain.append(stopwatch(steady.step, model.device, clock))
-                lane.recorded.append(measure(steady.step, model, model.device, clock, lane.recorder))
+                lane.recorded.append(_record(lane, clock))
         _note_peak(lane, model.device, before)
     if decoder is not None:
         latents = torch.randn(1, model.spec.chunk_frames, *model.spec.latent_shape, device=model.device)
         lane.decoding.append(stopwatch(lambda: decoder(latents), model.device, clock))
+
+
+def _record(lane: Lane, clock: Clock) -> Breakdown:
+    """The next chunk, by marks or by kernels."""
+    model, step = lane.configuration.model, lane.steady.step
+    if lane.configuration.traced:
+        return measure_kernels(step, model.device, clock)
+    return measure(step, model, model.device, clock, lane.recorder)
 
 
 def take_plain_turn(lane: Lane, chunks: int, *, clock: Clock) -> None:

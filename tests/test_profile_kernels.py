@@ -1,0 +1,108 @@
+"""Rows from kernel names: names as the libraries print them, and a real trace against what really ran."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from ispa_deploy.options import StreamOptions
+from ispa_deploy.profile import kernels
+from ispa_deploy.profile.breakdown import LIMITS
+from ispa_deploy.profile.compare import Configuration, compare
+from ispa_deploy.profile.kernels import Kernel, breakdown_of, measure_kernels, row_of
+from ispa_deploy.profile.recorder import CLOCKS
+from ispa_deploy.profile.steady import SteadyStream
+from ispa_deploy.regions import ROWS
+from tests.tiny import SPEC, tiny_model
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128", "attention.kernel"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 64, 64, 4>>", "attention.kernel"),
+        ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel)", "attention.kernel"),
+        ("void cutlass::device_kernel<flash::FlashAttnFwdSm90<flash::CollectiveMainloopFwdSm90>>", "attention.kernel"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_bias_TNN", "linear.gemm"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "linear.gemm"),
+        ("ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_tn", "linear.gemm"),
+        ("triton_tem_fused_addmm_gelu_3", "linear.gemm"),
+        ("_linear_kernel", "linear.gemm"),
+        ("_quantise_kernel", "linear.quantise"),
+        ("triton_poi_fused_add_mul_native_layer_norm_0", "overhead.norm"),
+        ("void at::native::vectorized_layer_norm_kernel<c10::BFloat16, float>", "overhead.norm"),
+        ("void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl<addcmul>>", "overhead.norm"),
+        ("triton_poi_fused__to_copy_view_as_complex_mul_2", "overhead.rope"),
+        ("Memcpy DtoD (Device -> Device)", "attention.cache"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<c10::BFloat16>", "attention.cache"),
+        ("void at::native::(anonymous namespace)::distribution_elementwise_grid_stride_kernel", "overhead.sampler"),
+        ("void potrf_alg2_reset_info", "overhead.solve"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "overhead.decode"),
+        ("something_nobody_has_seen", "unattributed"),
+    ],
+)
+def test_names_as_the_libraries_print_them(name: str, row: str) -> None:
+    assert row_of(name) == row
+
+
+def test_every_pattern_stands_for_a_row() -> None:
+    assert {row for row, _ in kernels.PATTERNS} <= set(ROWS)
+
+
+def test_gaps_overlaps_and_turns() -> None:
+    """Ten ms of wall time by hand: attention twice, a product that overlaps, a stranger, and gaps."""
+    trace = [
+        Kernel("flash_fwd", 0, 3000),
+        Kernel("nvjet_a", 2000, 2000),  # one ms of it runs beside the first
+        Kernel("flash_fwd", 5000, 1000),
+        Kernel("stranger", 7000, 500),
+    ]
+    chunk = breakdown_of(trace, 10.0)
+    found = {row: ms for row, ms in chunk.components.items() if ms}
+    assert found == {
+        "attention.kernel": 3.0,
+        "linear.gemm": 1.0,
+        "attention.cross": 1.0,
+        "overhead.python": pytest.approx(4.5),
+    }
+    assert chunk.unattributed == 0.5
+    assert chunk.sum_error < 1e-9
+
+
+@pytest.mark.parametrize("policy", ["full", "absorb"])
+def test_a_real_trace_has_the_kernels_that_ran(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products and attentions of a steady chunk, counted by hand: the clean pass only stores in its last layer."""
+    steady = SteadyStream.open(tiny_model(SPEC), StreamOptions(policy=policy), 4)
+    seen: list[Kernel] = []
+    whole = breakdown_of
+
+    def watched(found: list[Kernel], wall: float) -> object:
+        seen.extend(sorted(found, key=lambda kernel: kernel.start))
+        return whole(found, wall)
+
+    monkeypatch.setattr(kernels, "breakdown_of", watched)
+    with steady.turn():
+        steady.step(), steady.step()
+        chunk = measure_kernels(steady.step, torch.device("cpu"), CLOCKS["wall"])
+    counts = Counter(kernels.rows_of(seen))
+    blocks = len(SPEC.steps) * SPEC.layers + SPEC.layers - 1
+    assert counts["attention.kernel"] == counts["attention.cross"] == blocks
+    patches_and_head = 2 * len(SPEC.steps) + 1
+    assert counts["linear.gemm"] == 8 * blocks + 2 + patches_and_head
+    assert chunk.sum_error <= LIMITS["sum_error"]
+    assert chunk.unattributed_share <= LIMITS["unattributed_share"]
+
+
+def test_a_report_can_be_made_from_traces() -> None:
+    """A compiled model shows no marks; its report has the same rows all the same."""
+    model = tiny_model(SPEC)
+    runs = [
+        Configuration(name=name, model=model, options=StreamOptions(policy=policy), traced=True, starts=False)
+        for name, policy in (("full", "full"), ("ispa", "absorb"))
+    ]
+    for run in compare(runs, rounds=3, windows=())["runs"]:
+        assert run["closing"]["sum_error"] <= LIMITS["sum_error"]
+        assert run["closing"]["unattributed_share"] <= LIMITS["unattributed_share"]
+        assert all(run["components"][row] > 0 for row in ("attention.kernel", "attention.cross", "linear.gemm"))
