@@ -46,6 +46,7 @@ from ispa_deploy.run_flags import (
     MachineFlags,
     NetworkFlags,
     PromptFlags,
+    SceneFlags,
     SeedOpt,
     StatsOpt,
     StreamFlags,
@@ -57,6 +58,7 @@ from ispa_deploy.run_flags import (
 if TYPE_CHECKING:
     from export.bundle import Bundle
     from export.profiling import Compared
+    from ispa_deploy.avatar.stream import Scene
     from ispa_deploy.options import StreamOptions
     from ispa_deploy.run import Outputs
 
@@ -164,6 +166,7 @@ def run(
     bundle: BundleArg,
     prompts: PromptFlags,
     networks: NetworkFlags,
+    scene: SceneFlags,
     stream: StreamFlags,
     files: FileFlags,
     machine: MachineFlags,
@@ -171,15 +174,19 @@ def run(
     stats: StatsOpt = None,
 ) -> None:
     """Stream a video from a bundle: warm up, absorb, go on with less memory."""
+    from export.scenes import read_scene
     from ispa_deploy.run import Outputs
 
     options = stream.options()
-    if files.audio is not None and files.out is None:
-        raise InputError(f"--audio '{files.audio}' without a video: name one with --out VIDEO.mp4, or leave it out")
     opened = _accompanied(_open(bundle, machine, prompts.prompt_embeds), networks)
+    if files.audio is not None and files.out is None and not opened.spec.audio_blocks:
+        raise InputError(f"--audio '{files.audio}' without a video: name one with --out VIDEO.mp4, or leave it out")
     sheet = files.out.with_suffix(".png") if files.sheet is None and files.out is not None else files.sheet
     outputs = Outputs(files.out, sheet, files.latents, opened.pixel_scale, prompts.prompt, files.audio)
-    document = _run(opened, prompts, options, outputs, files, machine)
+    given = read_scene(
+        opened, options.frames, image=scene.image, audio=files.audio, audio_encoder=scene.audio_encoder
+    )
+    document = _run(opened, prompts, given, options, outputs, files, machine)
     emit(document, json_only, stats, lambda: print_run(document))
     if not document["complete"]:
         raise typer.Exit(INTERRUPTED)
@@ -355,7 +362,7 @@ def demo(
             video=out / f"{policy}.mp4", sheet=out / f"{policy}.png", scale=opened.pixel_scale, label=policy
         )
         options = StreamOptions(frames=frames, seed=seed, policy=policy)
-        runs[policy] = _run(opened, PromptFlags(prompt), options, outputs, FileFlags(), machine)
+        runs[policy] = _run(opened, PromptFlags(prompt), None, options, outputs, FileFlags(), machine)
         print_run(runs[policy], err=True)
         if not runs[policy]["complete"]:
             raise KeyboardInterrupt
@@ -427,8 +434,8 @@ def _accompanied(bundle: Bundle, networks: NetworkFlags) -> Bundle:
 
 
 def _run(
-    bundle: Bundle, prompts: PromptFlags, options: StreamOptions, outputs: Outputs, files: FileFlags,
-    machine: MachineFlags,
+    bundle: Bundle, prompts: PromptFlags, scene: Scene | None, options: StreamOptions, outputs: Outputs,
+    files: FileFlags, machine: MachineFlags,
 ) -> dict[str, Any]:  # fmt: skip
     from export.deltas import load_deltas, save_deltas_of
     from ispa_deploy.media.output import output_path
@@ -446,7 +453,7 @@ def _run(
         later += read_prompts(prompts.prompts, options.frames)
     first, later = plan_prompts(prompts.prompt, later)
     stored = load_deltas(files.deltas, base_sha256=bundle.base_sha256, spec=bundle.spec) if files.deltas else None
-    stream = bundle.stream(first, options, deltas=stored, switches=later)
+    stream = bundle.stream(first, options, deltas=stored, switches=later, scene=scene)
     planned = cues(first, later, stream.chunks)
     if save_deltas is not None:
         check_deltas_to_come(stream)

@@ -17,8 +17,10 @@ from export.deltas import StoredDeltas
 from export.manifest import Manifest, file_digest, read_manifest
 from export.tensors import CODES, FLOATS, Shape, aligned, check_finite, check_names, check_shapes, listing, reading
 from export.write import write_bundle
+from ispa_deploy.avatar.stream import Scene
 from ispa_deploy.errors import InputError, known_names
 from ispa_deploy.media.text import PromptReader
+from ispa_deploy.media.vae import WanVae
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.networks import network_of
 from ispa_deploy.options import StreamOptions, open_stream
@@ -41,8 +43,8 @@ class Bundle:
     """An opened bundle: the model in eval mode, its kernels prepared, and what the manifest says of it.
 
     `prompt_embeds`: the text encoder's output for the first prompt, where the model cannot read prompts. `prompts`
-    reads them with a text encoder, and `decoders` makes a decoder for each stream (`export.companions`): neither is
-    part of the bundle.
+    reads them with a text encoder, `decoders` makes a decoder for each stream and `vae` encodes images
+    (`export.companions`): none is part of the bundle.
     """
 
     model: CausalWanDiT
@@ -51,6 +53,7 @@ class Bundle:
     prompt_embeds: Path | None = None
     prompts: PromptReader | None = None
     decoders: Callable[[], Decoder] | None = None
+    vae: WanVae | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -98,9 +101,13 @@ class Bundle:
         switches: Sequence[tuple[int, str]] = (),
         deltas: StoredDeltas | None = None,
         initial: Tensor | None = None,
+        scene: Scene | None = None,
         decode: bool = True,
     ) -> Stream:
-        """A stream of this bundle. `switches`: (frame, prompt). `deltas` must have been fitted under these options."""
+        """A stream of this bundle. `switches`: (frame, prompt). `deltas` must have been fitted under these options.
+
+        `scene`: sound and image of a speech-to-video model (`export.scenes`).
+        """
         if deltas is not None:
             options = deltas.options(options)
         first, *later = self._texts([prompt, *(text for _, text in switches)])
@@ -110,6 +117,7 @@ class Bundle:
             deltas=deltas.to(self.model.device) if deltas is not None else None,
             switches=[(frame, rows) for (frame, _), rows in zip(switches, later, strict=True)],
             initial=initial,
+            scene=scene,
         )  # fmt: skip
 
     def _texts(self, prompts: Sequence[str]) -> list[Tensor]:

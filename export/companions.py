@@ -61,7 +61,10 @@ def accompany(
         bundle = replace(bundle, prompts=prompt_reader(text_encoder, tokenizer, bundle.spec, device, cache))
     if decoder is not None:
         return replace(bundle, decoders=decoder_factory(decoder, vae, device))
-    return bundle if vae is None else replace(bundle, decoders=open_vae(vae, bundle.spec, device).decoder)
+    if vae is None:
+        return bundle
+    opened = open_vae(vae, bundle.spec, device)
+    return replace(bundle, decoders=opened.decoder, vae=opened)
 
 
 def prompt_reader(

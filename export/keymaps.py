@@ -89,11 +89,11 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], layout: str, where: str) ->
     patch = shapes.get("patch_embedding.weight")
     if not blocks or not patch:
         raise InputError(f"{where} has no blocks or no patch_embedding.weight: expected a causal Wan checkpoint")
-    if any(name.startswith("audio_injector.") for name in shapes):
-        raise InputError(f"{where} is a speech-to-video (S2V) checkpoint: expected one of {', '.join(SPECS)}")
+    hears = any(name.startswith("audio_injector.") for name in shapes)
     size = patch[0], max(blocks) + 1
-    seen = f"width {size[0]} and {size[1]} layers"
-    fitting = {spec.name: spec for spec in SPECS.values() if (spec.dim, spec.layers) == size}
+    seen = f"width {size[0]} and {size[1]} layers" + (" and hears audio" if hears else "")
+    family = {spec.name: spec for spec in SPECS.values() if bool(spec.audio_blocks) == hears}
+    fitting = {name: spec for name, spec in family.items() if (spec.dim, spec.layers) == size}
     if len(fitting) == 1:
         (spec,) = fitting.values()
         return spec, f"{where} has {seen}: model {spec.name}"

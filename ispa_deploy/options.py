@@ -16,6 +16,9 @@ from ispa_deploy.absorb.lowrank import Rank
 from ispa_deploy.absorb.presets import Settings, settings_for
 from ispa_deploy.absorb.records import Choice
 from ispa_deploy.absorb.solve import Ridge
+from ispa_deploy.avatar.cache import AvatarCache
+from ispa_deploy.avatar.condition import drawn_distance
+from ispa_deploy.avatar.stream import AvatarStream, Scene
 from ispa_deploy.cache import KVCache
 from ispa_deploy.context import Encoder
 from ispa_deploy.errors import InputError, known_names
@@ -27,6 +30,9 @@ from ispa_deploy.stream import Decoder, Stream, default_noise
 if TYPE_CHECKING:
     from ispa_deploy.delta import Delta
     from ispa_deploy.model import CausalWanDiT
+    from ispa_deploy.specs import ModelSpec
+
+ROPE_TABLES = ("exact", "fp16")
 
 
 SINK_DTYPES = ("float32", "model")
@@ -44,6 +50,8 @@ class StreamOptions:
     `sink`, `roll`, `infinity`, `sink_dtype`: see `stream_spec`.
     `kv_dtype`: how frames are held between chunks, `auto` (the model's own dtype), `int8` or `fp8`.
     `delta_rank`: how many directions of each correction are kept; None: all. `quantisation_aware`: see `Settings`.
+    Speech to video only: `rope_table`: `exact`, or `fp16` as upstream rounds it; `online_reference`: the first
+    generated frame takes the reference's place after the first clip, as upstream's online decoding does.
     """
 
     frames: int = 21
@@ -75,6 +83,8 @@ class StreamOptions:
     backend: str = "auto"
     full_commit: bool = False
     kv_dtype: str = "auto"
+    rope_table: str = "exact"
+    online_reference: bool = False
 
     def settings(self) -> Settings:
         """The preset with the flags that were given."""
@@ -140,12 +150,17 @@ def open_stream(
     switches: list[tuple[int, Tensor]] | None = None,
     initial: Tensor | None = None,
     encoder: Encoder | None = None,
+    scene: Scene | None = None,
 ) -> Stream:
     """A stream of `options.frames` frames for text rows (1, L, text_dim).
 
     `deltas`: stored corrections, applied from the first chunk on without a warm-up. `switches`: (frame, text rows).
+    `scene`: sound and image, for a speech-to-video model and no other.
     """
     spec, policy = stream_spec(model.spec, options), options.policy_value()
+    if bool(spec.audio_blocks) != (scene is not None):
+        wrong = "it needs sound and an image: give a scene" if scene is None else "it takes no scene: leave it out"
+        raise InputError(f"model '{spec.name}': {wrong}")
     if options.window is not None and not policy.own_window:
         raise InputError("--window was given: expected --policy window with it")
     if policy.localises and len(text_rows) != 1:
@@ -154,10 +169,7 @@ def open_stream(
         spec = replace(spec, window_frames=spec.window_frames if options.window is None else options.window)
     _check_length(spec, options.frames)
     recent = options.recent_frames if policy.localises else 0
-    cache = KVCache(
-        spec, batch=len(text_rows), dtype=model.dtype, device=model.device, recent=recent, local_sink=policy.sink,
-        backend=options.backend, kv_dtype=options.kv_dtype,
-    )  # fmt: skip
+    cache = _cache(model, spec, options, batch=len(text_rows), recent=recent, sink=policy.sink)
     absorber = Absorber(
         targets=[block.self_attn.o for block in model.layers()],
         cache=cache,
@@ -173,7 +185,34 @@ def open_stream(
     if deltas is not None:
         absorber.adopt(deltas)
     noise = default_noise(model.spec, options.seed, batch=len(text_rows), device=model.device)
-    return Stream(
+    common = (
         model, cache, absorber, text_rows, options.frames, noise, Sampler.of(spec), decoder, switches or [], initial,
-        full_commit=options.full_commit, encoder=encoder,
+    )  # fmt: skip
+    if scene is None:
+        return Stream(*common, full_commit=options.full_commit, encoder=encoder)
+    scene.check(spec)
+    distance = drawn_distance(options.seed)
+    return AvatarStream(*common, scene=scene, distance=distance, online=options.online_reference)
+
+
+def _cache(
+    model: CausalWanDiT, spec: ModelSpec, options: StreamOptions, *, batch: int, recent: int, sink: int
+) -> KVCache:
+    if options.rope_table not in ROPE_TABLES:
+        raise known_names("rope table", options.rope_table, ROPE_TABLES)
+    if not spec.audio_blocks:
+        if options.rope_table != "exact" or options.online_reference:
+            flags = "--rope-table and --online-reference"
+            raise InputError(f"{flags} with '{spec.name}': expected a speech-to-video model")
+        return KVCache(
+            spec, batch=batch, dtype=model.dtype, device=model.device, recent=recent, local_sink=sink,
+            backend=options.backend, kv_dtype=options.kv_dtype,
+        )  # fmt: skip
+    if options.infinity or options.sink is not None:
+        raise InputError(f"--infinity and --sink with '{spec.name}': its sink is the image, at positions of its own")
+    if options.kv_dtype != "auto":
+        raise InputError(f"--kv-dtype {options.kv_dtype} with '{spec.name}': expected auto, its rings are not coded")
+    return AvatarCache(
+        spec, batch=batch, dtype=model.dtype, device=model.device, recent=recent, local_sink=sink,
+        backend=options.backend, half_table=options.rope_table == "fp16",
     )  # fmt: skip

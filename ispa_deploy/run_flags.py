@@ -112,6 +112,12 @@ class StreamFlags:
     backend: Annotated[str, typer.Option("--attention", help="Attention backend; auto is the best that runs here.")] = (
         "auto"
     )
+    rope_table: Annotated[
+        str, typer.Option(help="Speech to video: exact rotations, or fp16, rounded as upstream does.")
+    ] = "exact"
+    online_reference: Annotated[
+        bool, typer.Option("--online-reference", help="Speech to video: after a clip, refer to the first frame made.")
+    ] = False
     kv_dtype: Annotated[
         str, typer.Option(help="How cached keys and values are held: auto (the model's own dtype), int8 or fp8.")
     ] = "auto"
@@ -128,6 +134,16 @@ class StreamFlags:
             "stats_device": None if self.stats_device is None else str(device_of(self.stats_device)),
         }
         return StreamOptions(**{**asdict(self), **read})
+
+
+@dataclass(frozen=True)
+class SceneFlags:
+    """What a speech-to-video model is shown and told; the sound is `--audio`."""
+
+    image: Annotated[Path | None, typer.Option(help="Speech to video: the picture to bring to life.")] = None
+    audio_encoder: Annotated[
+        Path | None, typer.Option(help="Speech to video: wav2vec2's HF folder, or the base model's folder.")
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -284,6 +284,7 @@ def open_recorded_avatar(
         reference=_frames_first(fixture.needed(prefills[0], "ref_latents")),
         motion=None if (motion := fixture.given(prefills[0], "motion_latents")) is None else _frames_first(motion),
         pose=_frames_first(torch.cat([fixture.needed(call, "cond_states") for call in first], 2)),
+        moved=lambda _: _frames_first(fixture.needed(prefills[-1], "motion_latents")),
     )
     cache = AvatarCache(spec, half_table=half)
     return AvatarStream(
@@ -297,5 +298,4 @@ def open_recorded_avatar(
         scene=scene,
         distance=lambda start, step: distances[start, step],
         online=scenario["online"],
-        moved=lambda _: _frames_first(fixture.needed(prefills[-1], "motion_latents")),
     )

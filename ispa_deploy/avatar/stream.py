@@ -29,7 +29,8 @@ class Scene:
     `states`: hidden states of the speech model (A, N, K, P), 25 steps a second; silence follows when they end.
     `reference`: latents of the image (B, 1, c, H, W). `motion`: latents before the stream, oldest first; None: the
     reference, standing still. `pose`: latents (B, F, c, H, W) of a driving video or None. `mask`: who speaks where,
-    (A, rows, columns) of tokens in [0, 1], for more than one speaker.
+    (A, rows, columns) of tokens in [0, 1], for more than one speaker. `moved` makes the motion latents that go with a
+    new reference from the first clip's latents (B, F, c, H, W); None: they stay.
     """
 
     states: Tensor
@@ -37,6 +38,7 @@ class Scene:
     motion: Tensor | None = None
     pose: Tensor | None = None
     mask: Tensor | None = None
+    moved: Callable[[Tensor], Tensor] | None = None
 
     def check(self, spec: ModelSpec) -> None:
         """InputError naming what does not fit the model."""
@@ -56,14 +58,13 @@ class Scene:
 class AvatarStream(Stream):
     """A stream of `CausalS2V`. `scene` is needed; `distance` draws how far ahead the reference stands.
 
-    `online`: after the first clip the first generated frame is the reference; `moved` then makes motion latents of the
-    clip's latents (B, F, c, H, W), None keeps them. The sink changes, so the warm-up of an absorption starts there.
+    `online`: after the first clip the first generated frame is the reference. The sink changes, so the warm-up of an
+    absorption starts there.
     """
 
     scene: Scene | None = None
     distance: Distance = field(default_factory=lambda: drawn_distance(0))
     online: bool = False
-    moved: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,9 +114,10 @@ class AvatarStream(Stream):
     def _velocity(self, x: Tensor, timestep: float) -> Tensor:
         step = self._steps[timestep]
         self._memory.begin_pass(step, self.distance(self._memory.start, step))
-        return self._network(x, self._condition(timestep), self.text, self._memory, guidance=self._guidance)
+        flow = self._network(x, self._condition(timestep), self.text, self._memory, guidance=self._guidance)
+        self.absorber.after_pass()
+        return flow
 
-    @torch.inference_mode()
     def _commit(self, latents: Tensor, start: int) -> None:
         """Nothing to commit: history is what the passes left behind. After the first clip, the sink moves on."""
         clip, end = self.model.spec.window_frames, start + latents.shape[1]
@@ -123,10 +125,15 @@ class AvatarStream(Stream):
             return
         self._clip.append(latents)
         if end >= clip:
-            generated = torch.cat(self._clip, 1)
+            self._move(torch.cat(self._clip, 1))
             self._clip = []
-            self._reference = generated[:, :1]
-            if self.moved is not None:
-                self._motion = self.moved(generated)
             self.absorber.recalibrate(end)
             self._prefill()
+
+    @torch.inference_mode()
+    def _move(self, clip: Tensor) -> None:
+        """The first generated frame is the reference from now on."""
+        assert self.scene is not None
+        self._reference = clip[:, :1]
+        if self.scene.moved is not None:
+            self._motion = self.scene.moved(clip)
