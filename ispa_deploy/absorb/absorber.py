@@ -26,6 +26,7 @@ from ispa_deploy.absorb.records import Choice, LayerRecord
 from ispa_deploy.absorb.rows import stride_of, thinned
 from ispa_deploy.absorb.solve import solve
 from ispa_deploy.absorb.stats import Statistics, Weight
+from ispa_deploy.allocator import give_back
 from ispa_deploy.cache import KVCache
 from ispa_deploy.delta import Delta, DeltaTarget, resting
 from ispa_deploy.errors import InputError
@@ -201,6 +202,7 @@ class Absorber:
         for record in self.records:
             record.delta = None
         self._early, self._late, self._active = [], [], None
+        give_back()
         self.state = "absorbed"
 
     def _solve_up_to(self, layers: int) -> None:
