@@ -43,7 +43,7 @@ def _line(report: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
         **{f"chunk_ms.{name}": run["chunk_ms"].get(name) for name in _CHUNK},
         **{name: run[name] for name in _NUMBERS},
         **{family: run["families"][family] for family in FAMILIES},
-        **{row: run["components"][row] for row in ROWS},
+        **{row: run["components"].get(row, 0.0) for row in ROWS},
         **{f"memory.{name}": run["memory"][name] for name in _MEMORY},
         **{f"fps.{name}": run["fps"][name] for name in _FPS},
     }

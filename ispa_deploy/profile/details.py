@@ -134,8 +134,8 @@ def _components(runs: Sequence[Run], titles: Sequence[str]) -> str:
     for family in FAMILIES:
         lines.append(("sum", [family, *(_share(run["families"][family], run) for run in runs)]))
         for row in ROWS:
-            if row.startswith(f"{family}.") and any(run["components"][row] for run in runs):
-                lines.append((None, [ROWS[row], *(_share(run["components"][row], run) for run in runs)]))
+            if row.startswith(f"{family}.") and any(run["components"].get(row, 0.0) for run in runs):
+                lines.append((None, [ROWS[row], *(_share(run["components"].get(row, 0.0), run) for run in runs)]))
     lines.append(("sum", ["in no row", *(_share(run["unattributed_ms"], run) for run in runs)]))
     lines.append(("sum", ["whole chunk, recorded", *(_share(run["wall_ms"], run) for run in runs)]))
     return _table(["", *map(escape, titles)], lines, kind="numbers tree")

@@ -58,8 +58,8 @@ def grid(report: Report) -> list[list[str]]:
     for family in FAMILIES:
         line(family, [_share(run["families"][family], run) for run in runs])
         for row in (row for row in ROWS if row.startswith(f"{family}.")):
-            if any(run["components"][row] >= _SEEN * run["wall_ms"] for run in runs):
-                line("  " + row.partition(".")[2], [_share(run["components"][row], run) for run in runs])
+            if any(run["components"].get(row, 0.0) >= _SEEN * run["wall_ms"] for run in runs):
+                line("  " + row.partition(".")[2], [_share(run["components"].get(row, 0.0), run) for run in runs])
     line("unattributed", [_share(run["unattributed_ms"], run) for run in runs])
     line("speed-up", [times(run["speedup"]) for run in runs])
     line("  95 % interval", [span(run.get("speedup_interval"), "{:.2f}") for run in runs])
