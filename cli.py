@@ -438,6 +438,7 @@ def _run(
     files: FileFlags, machine: MachineFlags,
 ) -> dict[str, Any]:  # fmt: skip
     from export.deltas import load_deltas, save_deltas_of
+    from export.initial import read_initial
     from ispa_deploy.media.output import output_path
     from ispa_deploy.prompts import LivePrompts, cues, plan_prompts, read_prompts
     from ispa_deploy.run import run_stream, stop_on_interrupt
@@ -453,7 +454,8 @@ def _run(
         later += read_prompts(prompts.prompts, options.frames)
     first, later = plan_prompts(prompts.prompt, later)
     stored = load_deltas(files.deltas, base_sha256=bundle.base_sha256, spec=bundle.spec) if files.deltas else None
-    stream = bundle.stream(first, options, deltas=stored, switches=later, scene=scene)
+    initial = read_initial(prompts.initial, bundle, options) if prompts.initial else None
+    stream = bundle.stream(first, options, deltas=stored, switches=later, initial=initial, scene=scene)
     planned = cues(first, later, stream.chunks)
     if save_deltas is not None:
         check_deltas_to_come(stream)

@@ -111,13 +111,15 @@ class Bundle:
         if deltas is not None:
             options = deltas.options(options)
         first, *later = self._texts([prompt, *(text for _, text in switches)])
+        decoder = self.decoder() if decode else None
         return open_stream(
             self.model, first, options,
-            decoder=self.decoder() if decode else None,
+            decoder=decoder,
             deltas=deltas.to(self.model.device) if deltas is not None else None,
             switches=[(frame, rows) for (frame, _), rows in zip(switches, later, strict=True)],
             initial=initial,
             scene=scene,
+            encoder=getattr(decoder, "encode", None),
         )  # fmt: skip
 
     def _texts(self, prompts: Sequence[str]) -> list[Tensor]:

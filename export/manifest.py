@@ -45,6 +45,7 @@ _FILE = {"sha256": str, "bytes": int}
 _COUNTS = (
     "dim", "ffn_dim", "heads", "layers", "freq_dim", "text_dim", "text_len", "latent_channels", "latent_height",
     "latent_width", "chunk_frames", "window_frames", "max_frames", "fps",
+    "spatial_stride",
 )  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def _scratch(spec: ModelSpec, setup: Setup, kept: int | None) -> int:
     """Shared by all layers and in the dtype: a window rotated or decoded, an L-layer's frames beside the chunk's."""
     one = setup.batch * spec.frame_tokens * spec.dim * ITEM_BYTES[setup.dtype]
     decoded = 0 if setup.kv_dtype == "auto" else spec.window_frames
-    rotated = spec.window_frames if spec.rope == "window" else 0
+    rotated = spec.window_frames if spec.rotates_on_read else 0
     local = 0 if kept is None else kept + max(spec.chunk_frames, spec.first_chunk_frames)
     return one * (max(decoded, rotated, local) + max(decoded, local))
 
@@ -235,6 +235,6 @@ def _decoder(spec: ModelSpec, setup: Setup) -> int:
 
 def _activations(spec: ModelSpec, setup: Setup) -> int:
     """Estimate: the widest moment of a pass, the feed-forward's: residual, norm, hidden before and after its GELU."""
-    chunk = max(spec.chunk_frames, spec.first_chunk_frames)
+    chunk = max(spec.chunk_frames, spec.first_chunk_frames, spec.context_frames if spec.reencodes else 0)
     rows = setup.batch * spec.frame_tokens * chunk
     return rows * (4 * spec.dim + 2 * spec.ffn_dim) * ITEM_BYTES[setup.dtype]

@@ -41,6 +41,12 @@ class Context:
         if self.encode is not None and pixels is not None:
             self._pixels = _newest(self._pixels, pixels, 1 + self.spec.temporal_stride * (kept - 1))
 
+    def notes(self, frames: int) -> list[str]:
+        """What someone with a stream of `frames` frames should know and did not ask."""
+        if self.encode is not None or frames <= self.spec.window_frames:
+            return []
+        return ["the context keeps the video's own first frame: sliding it takes a VAE (--vae) that encodes as well"]
+
     def frames(self, start: int) -> tuple[int, ...]:
         """Frames that the context of a chunk from `start` on stands for, oldest first; none before the first chunk."""
         kept = self.spec.context_frames

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def check_deltas_to_come(stream: Stream) -> None:
     """InputError for --save-deltas on a stream that will have none: now, not after minutes of work."""
     absorber, warmup = stream.absorber, stream.absorber.settings.warmup
-    since = max([0, *(frame for frame, _ in stream.switches)])
+    # A prompt that comes chunk by chunk begins the warm-up anew with each.
+    settling = max(0, stream.spec.interpolate - 1) * stream.spec.chunk_frames
+    since = max([0, *(frame + settling for frame, _ in stream.switches)])
     if not absorber.policy.absorbs:
         raise InputError(f"--save-deltas with --policy {absorber.policy.name}: expected a policy that absorbs")
     if not absorber.deltas and stream.frames - since < warmup:

@@ -5,7 +5,7 @@ The CLI's flags, the profiler's configurations and the evaluation's variants are
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from ispa_deploy.absorb.lowrank import Rank
 from ispa_deploy.absorb.presets import Settings, settings_for
 from ispa_deploy.absorb.records import Choice
 from ispa_deploy.absorb.solve import Ridge
+from ispa_deploy.adapt import adapted, check_length
 from ispa_deploy.avatar.cache import AvatarCache
 from ispa_deploy.avatar.condition import drawn_distance
 from ispa_deploy.avatar.stream import AvatarStream, Scene
@@ -23,9 +24,8 @@ from ispa_deploy.cache import KVCache
 from ispa_deploy.context import Encoder
 from ispa_deploy.errors import InputError, known_names
 from ispa_deploy.policies import POLICIES, Policy
-from ispa_deploy.sampler import Sampler
-from ispa_deploy.specs import ModelSpec
-from ispa_deploy.stream import Decoder, Stream, default_noise
+from ispa_deploy.sampler import LEVELS, Sampler
+from ispa_deploy.stream import Decoder, NoiseSource, Stream, default_noise, plan_chunks
 
 if TYPE_CHECKING:
     from ispa_deploy.delta import Delta
@@ -35,11 +35,6 @@ if TYPE_CHECKING:
 ROPE_TABLES = ("exact", "fp16")
 
 
-SINK_DTYPES = ("float32", "model")
-POSITIONS = 1024
-"""Frames that a published table of absolute positions holds."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class StreamOptions:
     """Flags of `run`. None means: what the preset says. `delta_dtype` None: the model's own dtype.
@@ -47,11 +42,18 @@ class StreamOptions:
     `spread_solve`: chunks after the warm-up over whose passes the solve is spread; 0: at once, as published.
 
     `full_commit` runs clean passes to their end, as upstream, and not only as far as a layer keeps something of them.
-    `sink`, `roll`, `infinity`, `sink_dtype`: see `stream_spec`.
+    `sink`: first frames that stay in the window. `roll`: a window that ends the stream when it is full lets its oldest
+    frames go instead. `infinity`: keys are rotated at their slot in the window, so that positions never run out.
+    `sink_dtype` `model`: an averaging sink is rounded to the cache's dtype after every chunk, as upstream.
     `kv_dtype`: how frames are held between chunks, `auto` (the model's own dtype), `int8` or `fp8`.
     `delta_rank`: how many directions of each correction are kept; None: all. `quantisation_aware`: see `Settings`.
     Speech to video only: `rope_table`: `exact`, or `fp16` as upstream rounds it; `online_reference`: the first
     generated frame takes the reference's place after the first clip, as upstream's online decoding does.
+    `height` and `width` in pixels; `interpolate`: chunks from one prompt to the next. Of a model that encodes its past
+    anew before every chunk: `kv_frames` (its context), `kv_bias` in (0, 1] (the weight of keys between the context's
+    first frame and the chunk; 1: off), `steps` (denoising passes, the last at timestep 0), `strength` in (0, 1] (how
+    much of given latents is noised away), `first_frame` (of a sliding context: `reencode` from pixels, `keep`, or
+    `auto`: reencode where there is an encoder).
     """
 
     frames: int = 21
@@ -85,6 +87,14 @@ class StreamOptions:
     kv_dtype: str = "auto"
     rope_table: str = "exact"
     online_reference: bool = False
+    height: int | None = None
+    width: int | None = None
+    interpolate: int | None = None
+    kv_frames: int | None = None
+    kv_bias: float = 1.0
+    steps: int | None = None
+    strength: float | None = None
+    first_frame: str = "auto"
 
     def settings(self) -> Settings:
         """The preset with the flags that were given."""
@@ -105,41 +115,6 @@ class StreamOptions:
         return POLICIES[self.policy]
 
 
-def stream_spec(spec: ModelSpec, options: StreamOptions) -> ModelSpec:
-    """The model's own rules of streaming, with those that the options change.
-
-    `sink`: first frames that stay in the window. `roll`: a window that ends the stream when it is full lets its oldest
-    frames go instead. `infinity`: keys are rotated at their slot in the window, so that positions never run out.
-    `sink_dtype` `model`: an averaging sink is rounded to the cache's dtype after every chunk, as upstream.
-    """
-    if options.sink_dtype not in SINK_DTYPES:
-        raise known_names("sink dtype", options.sink_dtype, SINK_DTYPES)
-    if options.sink is not None and options.sink < 0:
-        raise InputError(f"--sink {options.sink}: expected 0 or more frames")
-    return replace(
-        spec,
-        sink_frames=spec.sink_frames if options.sink is None else options.sink,
-        ema_wide=spec.ema_wide and options.sink_dtype == "float32",
-        rolls=spec.rolls or options.roll,
-        max_frames=max(spec.max_frames, POSITIONS) if options.roll else spec.max_frames,
-        rope="window" if options.infinity else spec.rope,
-    )
-
-
-def _check_length(spec: ModelSpec, frames: int) -> None:
-    """InputError where the stream would fail at its end: now, not after minutes of work."""
-    if not spec.rolls and frames > spec.window_frames:
-        raise InputError(
-            f"{frames} frames: '{spec.name}' keeps all of them, {spec.window_frames} at most; ask for fewer --frames, "
-            "or let its window roll with --roll --sink 1"
-        )
-    if spec.rope == "absolute" and frames > spec.max_frames:
-        raise InputError(
-            f"{frames} frames: '{spec.name}' has {spec.max_frames} absolute positions; ask for fewer --frames, or "
-            "rotate keys by their slot in the window with --infinity"
-        )
-
-
 def open_stream(
     model: CausalWanDiT,
     text_rows: Tensor,
@@ -155,19 +130,19 @@ def open_stream(
     """A stream of `options.frames` frames for text rows (1, L, text_dim).
 
     `deltas`: stored corrections, applied from the first chunk on without a warm-up. `switches`: (frame, text rows).
-    `scene`: sound and image, for a speech-to-video model and no other.
+    `initial` latents (1, F, C, H, W) are handed out and remembered before generation starts; with a `strength` they are
+    what every chunk starts from, noised. `scene`: sound and image, for a speech-to-video model and no other.
     """
-    spec, policy = stream_spec(model.spec, options), options.policy_value()
-    if bool(spec.audio_blocks) != (scene is not None):
+    policy = options.policy_value()
+    if bool(model.spec.audio_blocks) != (scene is not None):
         wrong = "it needs sound and an image: give a scene" if scene is None else "it takes no scene: leave it out"
-        raise InputError(f"model '{spec.name}': {wrong}")
+        raise InputError(f"model '{model.spec.name}': {wrong}")
     if options.window is not None and not policy.own_window:
         raise InputError("--window was given: expected --policy window with it")
+    spec = adapted(model.spec, options)
     if policy.localises and len(text_rows) != 1:
         raise InputError(f"{len(text_rows)} prompts with policy '{policy.name}': expected one, run a stream for each")
-    if policy.own_window:
-        spec = replace(spec, window_frames=spec.window_frames if options.window is None else options.window)
-    _check_length(spec, options.frames)
+    check_length(spec, options.frames)
     recent = options.recent_frames if policy.localises else 0
     cache = _cache(model, spec, options, batch=len(text_rows), recent=recent, sink=policy.sink)
     absorber = Absorber(
@@ -184,11 +159,15 @@ def open_stream(
     )
     if deltas is not None:
         absorber.adopt(deltas)
-    noise = default_noise(model.spec, options.seed, batch=len(text_rows), device=model.device)
-    common = (
-        model, cache, absorber, text_rows, options.frames, noise, Sampler.of(spec), decoder, switches or [], initial,
-    )  # fmt: skip
+    noise: NoiseSource = default_noise(spec, options.seed, batch=len(text_rows), device=model.device)
+    sampler = Sampler.of(spec)
+    if initial is not None and tuple(initial.shape[2:]) != spec.latent_shape:
+        raise InputError(f"initial latents of shape {tuple(initial.shape[2:])}: expected {spec.latent_shape}")
+    if options.strength is not None:
+        noise, initial = noised_start(noise, initial, sampler, spec, options.frames), None
+    common = (model, cache, absorber, text_rows, options.frames, noise, sampler, decoder, switches or [], initial)
     if scene is None:
+        encoder = _first_frame_encoder(options, decoder, encoder)
         return Stream(*common, full_commit=options.full_commit, encoder=encoder)
     scene.check(spec)
     distance = drawn_distance(options.seed)
@@ -206,7 +185,7 @@ def _cache(
             raise InputError(f"{flags} with '{spec.name}': expected a speech-to-video model")
         return KVCache(
             spec, batch=batch, dtype=model.dtype, device=model.device, recent=recent, local_sink=sink,
-            backend=options.backend, kv_dtype=options.kv_dtype,
+            backend=options.backend, kv_dtype=options.kv_dtype, past_bias=options.kv_bias,
         )  # fmt: skip
     if options.infinity or options.sink is not None:
         raise InputError(f"--infinity and --sink with '{spec.name}': its sink is the image, at positions of its own")
@@ -216,3 +195,29 @@ def _cache(
         spec, batch=batch, dtype=model.dtype, device=model.device, recent=recent, local_sink=sink,
         backend=options.backend, half_table=options.rope_table == "fp16",
     )  # fmt: skip
+
+
+def noised_start(
+    noise: NoiseSource, given: Tensor | None, sampler: Sampler, spec: ModelSpec, frames: int
+) -> NoiseSource:
+    """Noise whose first pass of a chunk is that chunk of the given latents, noised to the first timestep."""
+    if given is None:
+        raise InputError("--strength without --initial: expected the video to start from; name it by --initial FILE")
+    if given.shape[1] < frames:
+        raise InputError(f"{given.shape[1]} initial frames for a stream of {frames}: give at most as many --frames")
+    starts, share = [start for start, _ in plan_chunks(spec, frames)], sampler.schedule.timesteps[0] / LEVELS
+
+    def start_or_noise(chunk: int, count: int, step: int) -> Tensor:
+        fresh = noise(chunk, count, step)
+        if step:
+            return fresh
+        return (1 - share) * given[:, starts[chunk] : starts[chunk] + count].to(fresh) + share * fresh
+
+    return start_or_noise
+
+
+def _first_frame_encoder(options: StreamOptions, decoder: Decoder | None, encoder: Encoder | None) -> Encoder | None:
+    able = decoder is not None and encoder is not None
+    if options.first_frame == "reencode" and not able:
+        raise InputError("--first-frame reencode: expected a VAE that decodes and encodes; name it by --vae PATH")
+    return encoder if able and options.first_frame != "keep" else None

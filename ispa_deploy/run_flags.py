@@ -52,6 +52,9 @@ class PromptFlags:
     live: Annotated[
         bool, typer.Option("--live", help="Each line of stdin is the prompt from the next chunk on, until it ends.")
     ] = False
+    initial: Annotated[
+        Path | None, typer.Option(help="Start with these latents (.safetensors) or, with --vae, this video.")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,22 @@ class StreamFlags:
     ] = False
     kv_dtype: Annotated[
         str, typer.Option(help="How cached keys and values are held: auto (the model's own dtype), int8 or fp8.")
+    ] = "auto"
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's own.")] = None
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's own.")] = None
+    interpolate: Annotated[
+        int | None, typer.Option(min=0, help="Chunks from one prompt to the next; 0: at once. Krea: 4.")
+    ] = None
+    kv_frames: Annotated[int | None, typer.Option(help="Krea: frames of context, 3 to 21 in steps of 3.")] = None
+    kv_bias: Annotated[
+        float, typer.Option(help="Krea: weight of the past between the first frame and the chunk, at most 1 (off).")
+    ] = 1.0
+    steps: Annotated[int | None, typer.Option(min=1, help="Krea: denoising passes of a chunk, the last at 0.")] = None
+    strength: Annotated[
+        float | None, typer.Option(help="Krea: repaint --initial; 1 forgets it, small numbers stay close.")
+    ] = None
+    first_frame: Annotated[
+        str, typer.Option(help="Krea: a sliding context's first frame, reencode (with --vae), keep or auto.")
     ] = "auto"
 
     def options(self) -> StreamOptions:

@@ -29,7 +29,8 @@ class ModelSpec:
     `reencodes`: every chunk's past is computed anew from clean latents before it, so there is no clean pass and keys
     are stored rotated, at their slot in the window; the context is `window_frames` - `chunk_frames` frames (Krea).
     `interpolate`: chunks over which a prompt turns into the next, the first of them still the old one; 0: at once.
-    `temporal_stride`: pixel frames for each latent frame after the first, which is one.
+    `temporal_stride`: pixel frames for each latent frame after the first, which is one; `spatial_stride`: pixels along
+    one side of a latent.
     `first_steps`: Euler steps of the first chunk for a model that was not distilled to few steps; None: as any chunk.
     `sampling`: `renoise`: x0 from velocity, then fresh noise; `euler`: as many Euler steps as there are `steps`, on
     diffusers' schedule, which shifts twice (LiveAvatar).
@@ -71,6 +72,7 @@ class ModelSpec:
     context_timestep: float = 0.0
     fps: int = 16
     temporal_stride: int = 4
+    spatial_stride: int = 8
     audio_blocks: tuple[int, ...] = ()
     audio_states: int = 25
     audio_dim: int = 1024

@@ -124,10 +124,27 @@ def report_of(stream: Stream, tally: Tally, wall: float, decoding: float, output
         "delta_bytes": sum(delta.nbytes for delta in absorber.deltas.values()),
         "statistics_bytes": tally.held.get("statistics", 0),
         "memory": {"allocated": tally.held, "predicted": predicted(stream).to_dict()},
-        "absorption": absorber.report(),
+        "absorption": {**absorber.report(), "notes": _notes(stream)},
         "outputs": {
             name: str(path) for name in ("video", "sheet", "latents") if (path := getattr(outputs, name)) is not None
         },
+    }
+
+
+def _notes(stream: Stream) -> list[str]:
+    """What a user should know and did not ask: one line each. A kept first frame was asked for where it could slide."""
+    slides = stream.context is not None and stream.decoder is None
+    return stream.absorber.notes() + (stream.context.notes(stream.frames) if stream.context and slides else [])
+
+
+def _context(stream: Stream) -> dict[str, Any]:
+    """How a model that encodes its past anew was made to."""
+    if stream.context is None:
+        return {}
+    return {
+        "kv_frames": stream.spec.context_frames,
+        "kv_bias": math.exp(stream.cache.past_bias),
+        "first_frame": "keep" if stream.context.encode is None else "reencode",
     }
 
 
@@ -146,6 +163,11 @@ def _options(stream: Stream) -> dict[str, Any]:
         "sink_frames": cache.spec.sink_frames,
         "rope": cache.spec.rope,
         "attention": cache.backend,
+        "steps": stream.spec.steps,
+        "interpolate": stream.spec.interpolate,
+        "height": stream.spec.latent_height * stream.spec.spatial_stride,
+        "width": stream.spec.latent_width * stream.spec.spatial_stride,
+        **_context(stream),
         "device": str(stream.model.device),
         "dtype": str(stream.model.dtype).removeprefix("torch."),
     }

@@ -39,6 +39,7 @@ def open_one(spec: ModelSpec, scheme: str, dtype: torch.dtype, **options: Any) -
     return open_stream(model, text_rows(spec), StreamOptions(frames=24 + spec.first_chunk_frames, **options))
 
 
+KREA = replace(SPEC, window_frames=9, rope="window", reencodes=True, steps=(1000, 500, 0))
 CASES: list[tuple[ModelSpec, str, torch.dtype, dict[str, Any]]] = [
     (SPEC, "none", torch.float32, {}),
     (SPEC, "w8a8-int8", torch.float32, {}),
@@ -51,6 +52,8 @@ CASES: list[tuple[ModelSpec, str, torch.dtype, dict[str, Any]]] = [
     (EMA, "none", torch.float32, {"kv_dtype": "int8"}),
     (SPEC, "w8a8-int8", torch.bfloat16, {"kv_dtype": "int8", "recent_frames": 3}),
     (FIRST, "none", torch.bfloat16, {"warmup": 10, "delta": "fold"}),
+    (KREA, "w8a8-int8", torch.bfloat16, {}),
+    (KREA, "none", torch.bfloat16, {"kv_frames": 3, "height": 64, "ratio": 1.0}),
     (FIRST, "none", torch.bfloat16, {"warmup": 10, "policy": "no-sink", "ratio": 0.5}),
     (DEEP, "w8a8-int8", torch.bfloat16, {"policy": "sink-local", "ranking": "random"}),
     (SPEC, "none", torch.bfloat16, {"kv_dtype": "int8", "delta": "side", "delta_rank": Rank(count=5)}),

@@ -14,6 +14,7 @@ from ispa_deploy.cache import KVCache
 from ispa_deploy.context import Context
 from ispa_deploy.errors import InputError
 from ispa_deploy.options import StreamOptions, open_stream
+from ispa_deploy.profile.steady import SteadyStream
 from ispa_deploy.sampler import Schedule, even_steps
 from ispa_deploy.specs import SPECS, ModelSpec
 from ispa_deploy.stream import Stream
@@ -288,3 +289,14 @@ def test_a_recalibrated_layer_has_its_history_back_at_once() -> None:
             assert held == {(0, 16, 17, 18, 19, 20)}
             assert min(_rows(stream)) > 0
     assert stream.absorber.state == "absorbed"
+
+
+def test_a_stream_made_steady_encodes_its_context_too() -> None:
+    """What `profile` times: from the first chunk on, every chunk begins with a whole context pass."""
+    model, passes = tiny_model(WIDE), []
+    steady = SteadyStream.open(model, StreamOptions(), 2)
+    model.blocks[0].register_forward_hook(lambda _, __, out: passes.append(out.shape[1]))
+    with steady.turn():
+        for _ in range(2):
+            steady.step()
+    assert passes == [6, 3, 6, 3, 3, 3]

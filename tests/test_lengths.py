@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ispa_deploy.adapt import adapted
 from ispa_deploy.errors import InputError
-from ispa_deploy.options import StreamOptions, stream_spec
+from ispa_deploy.options import StreamOptions
 from ispa_deploy.specs import SPECS
 from tests.test_budget import living_bytes
 from tests.tiny import SPEC, latents_of, tiny_model, tiny_stream
@@ -68,9 +69,9 @@ def test_a_sink_of_the_cache_s_dtype_is_upstream_s() -> None:
 
 def test_options_change_only_what_they_name() -> None:
     for spec in SPECS.values():
-        assert stream_spec(spec, StreamOptions()) == spec
+        assert adapted(spec, StreamOptions()) == spec
     longlive = SPECS["longlive-1.3b"]
-    assert stream_spec(longlive, StreamOptions(infinity=True, sink=1)) == replace(
+    assert adapted(longlive, StreamOptions(infinity=True, sink=1)) == replace(
         longlive, rope="window", sink_frames=1
     )
     assert SPECS["self-forcing-1.3b"].max_frames == 1024

@@ -99,6 +99,10 @@ class StreamingDecoder:
         )
         self._frames = 0
 
+    def encode(self, pixels: Tensor) -> Tensor:
+        """`WanVae.encode`, of which this decoder is the inverse."""
+        return WanVae(self.model).encode(pixels)
+
     @property
     def nbytes(self) -> int:
         """Bytes remembered between chunks."""

@@ -125,6 +125,9 @@ def _fill(stream: Stream, generator: torch.Generator) -> int:
         for slot in range(spec.window_frames):
             shape = store.frame(slot).shape
             store.put(slot, torch.randn(shape, generator=generator, device=cache.device))
+    if stream.context is not None:
+        past = (cache.batch, spec.context_frames, *spec.latent_shape)
+        stream.context.remember(torch.randn(past, generator=generator, device=cache.device), None)
     return start
 
 

@@ -1,0 +1,70 @@
+"""What a stream starts from: latents of another run, or a video encoded by the bundle's VAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from export.bundle import Bundle
+from export.tensors import check_finite, listing, reading
+from ispa_deploy.adapt import adapted
+from ispa_deploy.errors import InputError
+from ispa_deploy.media.video import read_video
+from ispa_deploy.options import StreamOptions
+from ispa_deploy.specs import ModelSpec
+
+LATENTS = "latents"
+
+
+def read_initial(path: Path, bundle: Bundle, options: StreamOptions) -> Tensor:
+    """Latents (1, F, C, H, W) float32 on the model's device, of the stream's own resolution.
+
+    A `.safetensors` file as `run --latents` writes it, whose resolution must be the stream's; any other file is a
+    video, brought to the model's frame rate, resized and encoded, 1 + 4 n frames of it. InputError names what is wrong.
+    """
+    spec = adapted(bundle.spec, options)
+    latents = read_latents(path, spec) if path.suffix == ".safetensors" else _encoded(path, bundle, spec)
+    frames = latents.shape[1] // spec.chunk_frames * spec.chunk_frames
+    if not frames:
+        raise InputError(f"'{path}' is {latents.shape[1]} latent frames: expected at least {spec.chunk_frames}")
+    return latents[:, :frames].to(bundle.model.device)
+
+
+def read_latents(path: Path, spec: ModelSpec) -> Tensor:
+    """(1, F, C, H, W) float32 from a safetensors file."""
+    with reading(path) as file:
+        found = listing(file)
+        if LATENTS not in found:
+            raise InputError(f"'{path}' holds {sorted(found)[:3]}: expected a tensor named '{LATENTS}'")
+        latents = check_finite(file.get_tensor(LATENTS).float(), LATENTS, f"'{path}'")
+    if latents.ndim != 5 or len(latents) != 1 or tuple(latents.shape[2:]) != spec.latent_shape:
+        wanted = ", ".join(map(str, spec.latent_shape))
+        raise InputError(
+            f"'{path}': latents of shape {tuple(latents.shape)}: expected (1, F, {wanted}); --height and --width set "
+            "the resolution"
+        )
+    return latents
+
+
+def _encoded(path: Path, bundle: Bundle, spec: ModelSpec) -> Tensor:
+    encode = getattr(bundle.decoder(), "encode", None)
+    if encode is None:
+        raise InputError(f"--initial '{path}' is no .safetensors file: expected --vae PATH with a video, to encode it")
+    if not path.is_file():
+        raise InputError(f"--initial '{path}' does not exist: expected latents or a video")
+    pictures, rate = read_video(path)
+    size = (spec.latent_height * spec.spatial_stride, spec.latent_width * spec.spatial_stride)
+    pixels = resampled(torch.from_numpy(pictures), rate, spec.fps)
+    usable = 1 + (len(pixels) - 1) // spec.temporal_stride * spec.temporal_stride
+    scaled = F.interpolate(pixels[:usable].permute(0, 3, 1, 2).float() / 255, size, mode="bicubic").clamp(0, 1)
+    latents: Tensor = encode(scaled[None].to(bundle.model.device))
+    return latents
+
+
+def resampled(pictures: Tensor, rate: float, wanted: float) -> Tensor:
+    """Pictures (F, H, W, 3) shown at `rate`, as they are seen at `wanted` frames per second."""
+    count = max(1, int(len(pictures) / rate * wanted))
+    return pictures[torch.arange(count).mul(rate / wanted).long().clamp_max(len(pictures) - 1)]
