@@ -178,7 +178,9 @@ def run(
     from ispa_deploy.run import Outputs
 
     options = stream.options()
-    opened = _accompanied(_open(bundle, machine, prompts.prompt_embeds), networks)
+    if machine.offload and options.stats_device is None:
+        options = replace(options, stats_device="cpu")
+    opened = _accompanied(_open(bundle, machine, prompts.prompt_embeds), networks, machine.offload)
     if files.audio is not None and files.out is None and not opened.spec.audio_blocks:
         raise InputError(f"--audio '{files.audio}' without a video: name one with --out VIDEO.mp4, or leave it out")
     sheet = files.out.with_suffix(".png") if files.sheet is None and files.out is not None else files.sheet
@@ -224,7 +226,10 @@ def profile(
     )
     asked.check()
     begun = time.perf_counter()
-    opened = _open(bundle, MachineFlags(allow_fallback, device, dtype, threads, tune_allocator))
+    machine = MachineFlags(
+        allow_fallback=allow_fallback, device=device, dtype=dtype, threads=threads, tune_allocator=tune_allocator
+    )
+    opened = _open(bundle, machine)
     document = _profile(opened, asked, mid, load_ms=1e3 * (time.perf_counter() - begun))
     write_reports(document, out)
     emit(document, json_only, stats, lambda: print_profile(document))
@@ -419,7 +424,7 @@ def _open(folder: Path, machine: MachineFlags, prompt_embeds: Path | None = None
     )  # fmt: skip
 
 
-def _accompanied(bundle: Bundle, networks: NetworkFlags) -> Bundle:
+def _accompanied(bundle: Bundle, networks: NetworkFlags, offload: bool) -> Bundle:
     """The bundle with the networks around it that the user named."""
     if networks.text_encoder is None and (networks.tokenizer or networks.prompt_cache):
         raise InputError("--tokenizer and --prompt-cache go with --text-encoder PATH: add it")
@@ -429,7 +434,7 @@ def _accompanied(bundle: Bundle, networks: NetworkFlags) -> Bundle:
 
     return accompany(
         bundle, text_encoder=networks.text_encoder, tokenizer=networks.tokenizer, prompt_cache=networks.prompt_cache,
-        vae=networks.vae, decoder=networks.decoder,
+        vae=networks.vae, decoder=networks.decoder, offload=offload,
     )  # fmt: skip
 
 

@@ -48,22 +48,25 @@ def accompany(
     prompt_cache: Path | None = None,
     vae: Path | None = None,
     decoder: str | None = None,
+    offload: bool = False,
 ) -> Bundle:
     """The bundle, reading its prompts with `text_encoder` and decoding with `decoder` or `vae`, where they are given.
 
-    `prompt_cache` None is the user's own. With `decoder`, a class path, `vae` is handed to that class instead.
+    `offload`: the text encoder works on the CPU, and the VAE rests there between chunks. `prompt_cache` None is the
+    user's own. With `decoder`, a class path, `vae` is handed to that class instead.
     """
     device = bundle.model.device
     if text_encoder is not None:
         if bundle.prompt_embeds is not None:
             raise InputError("--prompt-embeds and --text-encoder both give the first prompt's rows: leave one out")
         cache = _cache(prompt_cache or default_prompt_cache())
-        bundle = replace(bundle, prompts=prompt_reader(text_encoder, tokenizer, bundle.spec, device, cache))
+        reads_on = torch.device("cpu") if offload else device
+        bundle = replace(bundle, prompts=prompt_reader(text_encoder, tokenizer, bundle.spec, reads_on, cache))
     if decoder is not None:
         return replace(bundle, decoders=decoder_factory(decoder, vae, device))
     if vae is None:
         return bundle
-    opened = open_vae(vae, bundle.spec, device)
+    opened = open_vae(vae, bundle.spec, device, offload=offload)
     return replace(bundle, decoders=opened.decoder, vae=opened)
 
 
@@ -101,15 +104,19 @@ def default_prompt_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ispa-deploy" / "prompts"
 
 
-def open_vae(path: Path, spec: ModelSpec, device: torch.device) -> WanVae:
-    """The Wan VAE in a file or folder: float32 on a CPU, bfloat16 as upstream elsewhere."""
+def open_vae(path: Path, spec: ModelSpec, device: torch.device, *, offload: bool = False) -> WanVae:
+    """The Wan VAE in a file or folder: float32 on a CPU, bfloat16 as upstream elsewhere. `offload`: it rests on the CPU
+    and visits `device` for each chunk."""
     if spec.latent_channels != CHANNELS:
         raise InputError(
             f"--vae '{path}': model '{spec.name}' has latents of {spec.latent_channels} channels, the Wan VAE "
             f"{CHANNELS}; leave it out"
         )
     model = wan_vae(*_state(path, "VAE"))
-    return WanVae(model.to(device, torch.float32 if device.type == "cpu" else torch.bfloat16))
+    home = torch.device("cpu") if offload else device
+    return WanVae(
+        model.to(home, torch.float32 if device.type == "cpu" else torch.bfloat16), device if offload else None
+    )
 
 
 def decoder_factory(name: str, weights: Path | None, device: torch.device) -> Callable[[], Decoder]:

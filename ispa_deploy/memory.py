@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from ispa_deploy.budget import Budget, Setup, predict
 from ispa_deploy.stream import Stream
+
+if TYPE_CHECKING:
+    from ispa_deploy.options import StreamOptions
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -57,6 +62,26 @@ def setup_of(stream: Stream) -> Setup:
         stats_device=absorber.stats_device,
         batch=cache.batch,
         kv_dtype=cache.kv_dtype,
+        vae=isinstance(getattr(stream.decoder, "nbytes", None), int),
+        offload=bool(getattr(stream.decoder, "rests", False)),
+    )
+
+
+def setup_for(model: nn.Module, dtype: object, options: StreamOptions) -> Setup:
+    """The same before there is a stream, as far as the options say."""
+    quantised = [name for name, module in model.named_modules() if _packs(module)]
+    return Setup(
+        dtype=_name(dtype),
+        scheme="w8a8" if quantised else "none",
+        quantised=quantised,
+        policy=options.policy,
+        ratio=options.ratio,
+        local_layers=None if options.layers is None else len(options.layers),
+        window=options.window,
+        recent_frames=options.recent_frames,
+        delta=options.delta,
+        stats_device=options.stats_device,
+        kv_dtype=options.kv_dtype,
     )
 
 

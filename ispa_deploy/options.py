@@ -17,12 +17,14 @@ from ispa_deploy.absorb.presets import Settings, settings_for
 from ispa_deploy.absorb.records import Choice
 from ispa_deploy.absorb.solve import Ridge
 from ispa_deploy.adapt import adapted, check_length
+from ispa_deploy.advice import memory_errors
 from ispa_deploy.avatar.cache import AvatarCache
 from ispa_deploy.avatar.condition import drawn_distance
 from ispa_deploy.avatar.stream import AvatarStream, Scene
 from ispa_deploy.cache import KVCache
 from ispa_deploy.context import Encoder
 from ispa_deploy.errors import InputError, known_names
+from ispa_deploy.memory import setup_for
 from ispa_deploy.policies import POLICIES, Policy
 from ispa_deploy.sampler import LEVELS, Sampler
 from ispa_deploy.stream import Decoder, NoiseSource, Stream, default_noise, plan_chunks
@@ -144,7 +146,10 @@ def open_stream(
         raise InputError(f"{len(text_rows)} prompts with policy '{policy.name}': expected one, run a stream for each")
     check_length(spec, options.frames)
     recent = options.recent_frames if policy.localises else 0
-    cache = _cache(model, spec, options, batch=len(text_rows), recent=recent, sink=policy.sink)
+    with memory_errors(
+        spec, lambda: setup_for(model, model.dtype, options), model.device, lambda: "while the caches are allocated"
+    ):
+        cache = _cache(model, spec, options, batch=len(text_rows), recent=recent, sink=policy.sink)
     absorber = Absorber(
         targets=[block.self_attn.o for block in model.layers()],
         cache=cache,

@@ -17,12 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ispa_deploy.advice import memory_errors, out_of_memory
+from ispa_deploy.budget import predict
 from ispa_deploy.delta import DELTA_MODES, Delta
 from ispa_deploy.errors import RunError, known_names
 from ispa_deploy.media.ahead import DecodeAhead
 from ispa_deploy.media.output import partial_path
 from ispa_deploy.media.sheet import contact_sheet
 from ispa_deploy.media.video import VideoWriter
+from ispa_deploy.memory import setup_of
 from ispa_deploy.stream import Chunk, Decoder, Stream
 from ispa_deploy.tally import Outputs, Progress, Tally, keep, progress_of, report_of
 
@@ -101,7 +104,7 @@ def run_stream(
     outputs = outputs or Outputs()
     outputs.check(stream.decoder is not None)
     _check_delta_mode(stream)
-    spec, device, tally = stream.model.spec, stream.model.device, Tally()
+    spec, device, tally, setup = stream.model.spec, stream.model.device, Tally(), setup_of(stream)
     started = time.perf_counter()
     with ExitStack() as stack:
         decoding = _decoding(stream, overlap, stack)
@@ -110,7 +113,7 @@ def run_stream(
             video = stack.enter_context(
                 VideoWriter(outputs.video, fps=spec.fps, scale=outputs.scale, audio=outputs.audio)
             )
-        stack.enter_context(_memory_errors(stream, tally))
+        stack.enter_context(memory_errors(stream.cache.spec, lambda: setup, device, lambda: _place(stream, tally)))
         chunks = stack.enter_context(_closing(iter(stream)))
         clock = time.perf_counter()
         for chunk in chunks:
@@ -132,7 +135,7 @@ def run_stream(
         _show(decoded, video, tally, outputs)
     wall = time.perf_counter() - started
     _write(outputs, tally)
-    return report_of(stream, tally, wall, decoding.waited, outputs)
+    return report_of(stream, tally, wall, decoding.waited, outputs, predict(stream.cache.spec, setup))
 
 
 def _decoding(stream: Stream, overlap: bool, stack: ExitStack) -> DecodeAhead | _Stopwatch:
@@ -188,33 +191,8 @@ def _check_finite(stream: Stream, chunk: Chunk) -> None:
     )
 
 
-@contextmanager
-def _memory_errors(stream: Stream, tally: Tally) -> Iterator[None]:
-    """Out of memory in one line: what the stream holds, and what would hold less."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        cache, spec = stream.cache, stream.cache.spec
-        frame = cache.full_bytes() / spec.window_frames
-        smallest = spec.sink_frames + spec.chunk_frames
-        raise RunError(
-            f"out of memory in chunk {len(tally.seconds) + 1} of {len(stream.chunks)} "
-            f"({stream.absorber.describe()}): KV cache {_mib(cache.persistent_bytes())}, statistics "
-            f"{_mib(stream.absorber.statistics_bytes())}. Smaller: --policy window --window {smallest} (cache "
-            f"{_mib(smallest * frame)} from the start), --ratio 1 (cache {_mib(frame)} after the warm-up), "
-            "--stats-device cpu (no statistics on the GPU)"
-        ) from error
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out; on the CPU, torch says so in words only."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
-def _mib(count: float) -> str:
-    return f"{count / 2**20:.1f} MiB"
+def _place(stream: Stream, tally: Tally) -> str:
+    return f"in chunk {len(tally.seconds) + 1} of {len(stream.chunks)} ({stream.absorber.describe()})"
 
 
 def _write(outputs: Outputs, tally: Tally) -> None:

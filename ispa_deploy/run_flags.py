@@ -182,6 +182,9 @@ class MachineFlags:
     """Where and in what arithmetic it runs."""
 
     allow_fallback: FallbackOpt = False
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Text encoder, VAE and statistics rest on the CPU; slower, less memory.")
+    ] = False
     device: DeviceOpt = "auto"
     dtype: DtypeOpt = "auto"
     threads: ThreadsOpt = None

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ispa_deploy.budget import Budget
 from ispa_deploy.errors import InputError
 from ispa_deploy.media.output import output_path
-from ispa_deploy.memory import held_bytes, predicted
+from ispa_deploy.memory import held_bytes
 from ispa_deploy.stream import Chunk, Stream
 
 
@@ -90,8 +91,10 @@ def progress_of(stream: Stream, tally: Tally, wall: float) -> Progress:
     )
 
 
-def report_of(stream: Stream, tally: Tally, wall: float, decoding: float, outputs: Outputs) -> dict[str, Any]:
-    """The run's report as plain JSON types; `wall` and `decoding` in seconds."""
+def report_of(
+    stream: Stream, tally: Tally, wall: float, decoding: float, outputs: Outputs, budget: Budget
+) -> dict[str, Any]:
+    """The run's report as plain JSON types; `wall` and `decoding` in seconds; `budget`: what was predicted for it."""
     spec, cache, absorber = stream.model.spec, stream.cache, stream.absorber
     generating, pixel_frames = sum(tally.seconds) - decoding, spec.pixel_frames(tally.frames)
     warm = len(tally.seconds) // 2  # the second half: past warm-up and transition in any stream worth timing
@@ -123,7 +126,7 @@ def report_of(stream: Stream, tally: Tally, wall: float, decoding: float, output
         "delta_modes": tally.delta_modes,
         "delta_bytes": sum(delta.nbytes for delta in absorber.deltas.values()),
         "statistics_bytes": tally.held.get("statistics", 0),
-        "memory": {"allocated": tally.held, "predicted": predicted(stream).to_dict()},
+        "memory": {"allocated": tally.held, "predicted": budget.to_dict()},
         "absorption": {**absorber.report(), "notes": _notes(stream)},
         "outputs": {
             name: str(path) for name in ("video", "sheet", "latents") if (path := getattr(outputs, name)) is not None

@@ -583,7 +583,10 @@ def test_out_of_memory_says_what_would_fit(
 
     monkeypatch.setattr(Sampler, "denoise", fail)
     done = stream(tiny, "--latents", tmp_path / "l.safetensors")
-    refused(done, "out of memory in chunk 3 of 5 (warm-up)", "--policy window --window 4", "--ratio 1", code=1)
+    refused(
+        done, "out of memory in chunk 3 of 5 (warm-up)", "this stream needs about", "statistics", "would fit",
+        "--policy window --window 4 (", "--ratio 1 ", "--stats-device cpu (", "--kv-dtype int8 (", "--height", code=1,
+    )  # fmt: skip
     assert not files(tmp_path)
 
 

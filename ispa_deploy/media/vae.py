@@ -6,7 +6,8 @@ to the same pixels as the whole video would: the first latent frame gives one pi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,13 +59,17 @@ def wan_vae(state: Mapping[str, Tensor], where: str) -> Any:
 
 @dataclass(frozen=True)
 class WanVae:
-    """The VAE in the units of the DiT: normalised latents (B, F, 16, H, W), pixels (B, F', 3, 8H, 8W) in [0, 1]."""
+    """The VAE in the units of the DiT: normalised latents (B, F, 16, H, W), pixels (B, F', 3, 8H, 8W) in [0, 1].
+
+    `visits`: the device it works on, where it rests on another (`--offload`); None: it works where it lies.
+    """
 
     model: Any
+    visits: torch.device | None = None
 
     def decoder(self) -> StreamingDecoder:
         """A decoder for one stream, at its beginning; streams share the weights and nothing else."""
-        return StreamingDecoder(self.model)
+        return StreamingDecoder(self.model, self.visits)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -87,17 +92,23 @@ class WanVae:
 class StreamingDecoder:
     """Latents of a stream to pixels, chunk after chunk; what the convolutions must remember is kept in between.
 
-    At 480x832 the memory is 1.8 GB in 16 bit, see `nbytes`.
+    At 480x832 the memory is 1.8 GB in 16 bit, see `nbytes`. With `visits`, weights and memory go to that device for a
+    chunk and rest where they were before and after it.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, visits: torch.device | None = None) -> None:
         wan = library("diffusers.models.autoencoders.autoencoder_kl_wan", "the VAE")
         self.model = model
         # The library's own list is emptied by its public methods; this one belongs to the stream.
         self._memory: list[Any] = [None] * sum(
             isinstance(module, wan.WanCausalConv3d) for module in model.decoder.modules()
         )
-        self._frames = 0
+        self._frames, self._visits = 0, visits
+
+    @property
+    def rests(self) -> bool:
+        """Whether nothing of it stays on the device between chunks."""
+        return self._visits is not None
 
     def encode(self, pixels: Tensor) -> Tensor:
         """`WanVae.encode`, of which this decoder is the inverse."""
@@ -113,6 +124,28 @@ class StreamingDecoder:
         """(B, F, 16, H, W) normalised -> (B, F', 3, 8H, 8W) float32 in [0, 1]; F' = 4 F, 3 less for the first chunk."""
         if latents.ndim != 5 or latents.shape[2] != CHANNELS:
             raise InputError(f"VAE: latents of shape {tuple(latents.shape)}: expected (B, F, {CHANNELS}, H, W)")
+        with self._visit():
+            return self._decode(latents)
+
+    @contextmanager
+    def _visit(self) -> Iterator[None]:
+        """Everything on the working device, and back again."""
+        if self._visits is None:
+            yield
+            return
+        home = self.model.post_quant_conv.weight.device
+        self._move(self._visits)
+        try:
+            yield
+        finally:
+            self._move(home)
+
+    @torch.inference_mode(False)  # weights that were moved must stay ordinary tensors
+    def _move(self, device: torch.device) -> None:
+        self.model.to(device)
+        self._memory = [entry.to(device) if isinstance(entry, Tensor) else entry for entry in self._memory]
+
+    def _decode(self, latents: Tensor) -> Tensor:
         raw = latents.float() * _column(STD, latents) + _column(MEAN, latents)
         features = self.model.post_quant_conv(raw.transpose(1, 2).to(self.model.post_quant_conv.weight))
         pieces = [self._frame(frame) for frame in features.split(1, dim=2)]
