@@ -444,6 +444,7 @@ def _run(
 ) -> dict[str, Any]:  # fmt: skip
     from export.deltas import load_deltas, save_deltas_of
     from export.initial import read_initial
+    from ispa_deploy.compiled import compile_
     from ispa_deploy.media.output import output_path
     from ispa_deploy.prompts import LivePrompts, cues, plan_prompts, read_prompts
     from ispa_deploy.run import run_stream, stop_on_interrupt
@@ -467,11 +468,14 @@ def _run(
     for cue in planned[1:]:
         say(cue.line(len(stream.chunks)))
     live = LivePrompts(sys.stdin.fileno(), bundle.text_rows, say) if prompts.live else None
+    stages = compile_(bundle.model) if machine.compiled else None
     with stop_on_interrupt() as stop, progress_bar() as show:
         border = (lambda index: live.follow(stream, index)) if live else (lambda _: None)
         document = run_stream(
             stream, outputs, on_progress=show, stop=stop, on_border=border, overlap=machine.overlap_decode
         )
+    if stages is not None:
+        say(stages.describe())
     for note in document["absorption"]["notes"]:
         say(f"note: {note}")
     if save_deltas is not None and (stream.absorber.deltas or document["complete"]):
@@ -486,6 +490,7 @@ def _run(
         "seed": options.seed,
         "bundle": str(bundle.folder),
         **document,
+        "compiled": stages.describe() if stages is not None else None,
         "audit": audit(bundle.model, {layer.name: layer.why for layer in bundle.manifest.layers}),
         "audit_warnings": warnings,
     }

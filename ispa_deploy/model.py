@@ -84,15 +84,15 @@ class _Projections(nn.Module):
 
 
 class SelfAttention(_Projections):
-    def forward(self, y: Tensor, attention: Attend) -> Tensor:
-        """(B, S, C) -> (B, S, C)."""
+    def rows(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, C) -> queries, keys and values (B, S, H, D) before rotation."""
         q, k, v = self.q(y), self.k(y), self.v(y)
         with region("overhead.norm"):
             q, k = self.norm_q(q), self.norm_k(k)
-        return self.o(attention(self.split(q), self.split(k), self.split(v)).flatten(-2))
+        return self.split(q), self.split(k), self.split(v)
 
     def keys(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, C) -> the keys and values (B, S, H, D) that `forward` would attend to, bit for bit."""
+        """(B, S, C) -> the keys and values of `rows` alone, bit for bit."""
         k, v = self.k(y), self.v(y)
         with region("overhead.norm"):
             k = self.norm_k(k)
@@ -104,16 +104,34 @@ class CrossAttention(_Projections):
         """(B, L, C) -> keys and values (B, L, H, D), for the whole stream."""
         return self.split(self.norm_k(self.k(context))), self.split(self.v(context))
 
-    def forward(self, y: Tensor, text: tuple[Tensor, Tensor], attention: Attend) -> Tensor:
-        """(B, S, C) -> (B, S, C)."""
+    def queries(self, y: Tensor) -> Tensor:
+        """(B, S, C) -> (B, S, H, D)."""
         q = self.q(y)
         with region("overhead.norm"):
-            q = self.split(self.norm_q(q))
-        return self.o(attention(q, *text).flatten(-2))
+            return self.split(self.norm_q(q))
+
+    def forward(self, y: Tensor, text: tuple[Tensor, Tensor], attention: Attend) -> Tensor:
+        """(B, S, C) -> (B, S, C), for what attends beside the layers."""
+        return self.o(attention(self.queries(y), *text).flatten(-2))
+
+
+class Stages(Protocol):
+    """What a layer does before, between and after its two attentions, compiled; see `ispa_deploy.compiled`."""
+
+    def takes(self, x: Tensor) -> bool: ...
+    def before(self, block: Block, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]: ...
+    def between(self, block: Block, x: Tensor, y: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]: ...
+    def after(self, block: Block, x: Tensor, y: Tensor, modulation: Modulation) -> Tensor: ...
 
 
 class Block(nn.Module):
-    """One transformer layer: modulated self-attention, plain cross-attention, modulated feed-forward."""
+    """One transformer layer: modulated self-attention, plain cross-attention, modulated feed-forward.
+
+    The self-attention's `o`, which corrections come and go on, and the attentions, whose keys grow with the window, lie
+    between its three stages: what is inside them looks the same in every pass of a stream.
+    """
+
+    compiled: Stages | None = None
 
     def __init__(self, spec: ModelSpec):
         super().__init__()
@@ -129,20 +147,33 @@ class Block(nn.Module):
         self, x: Tensor, modulation: Modulation, text: tuple[Tensor, Tensor], attention: Attend, cross: Attend
     ) -> Tensor:
         """x (B, F, T, C) -> (B, F, T, C)."""
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation
-        frames = x.shape[1:3]
+        stages = self.compiled if self.compiled is not None and self.compiled.takes(x) else Block
+        q, k, v = stages.before(self, x, modulation)
+        y = self.self_attn.o(attention(q, k, v).flatten(-2))
+        x, q = stages.between(self, x, y, modulation)
+        return stages.after(self, x, cross(q, *text), modulation)
+
+    def before(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, F, T, C) -> queries, keys and values of the self-attention, (B, S, H, D) before rotation."""
         with region("overhead.norm"):
-            y = norm(x, Norm(scale_a, shift_a, self.eps)).flatten(1, 2)
-        y = self.self_attn(y, attention)
+            y = norm(x, Norm(modulation[1], modulation[0], self.eps)).flatten(1, 2)
+        return self.self_attn.rows(y)
+
+    def between(self, x: Tensor, y: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
+        """x (B, F, T, C) and what self-attention adds to it, (B, S, C) -> their sum and its queries to the text."""
         with region("overhead.norm"):
             affine = Norm(self.norm3.weight, self.norm3.bias, self.eps, modulates=False)
-            x, y = add_norm(x, y.unflatten(1, frames), affine, gate_a)
-        y = self.cross_attn(y.flatten(1, 2), text, cross)
+            x, y = add_norm(x, y.unflatten(1, x.shape[1:3]), affine, modulation[2])
+        return x, self.cross_attn.queries(y.flatten(1, 2))
+
+    def after(self, x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:
+        """x (B, F, T, C) and attention over the text (B, S, H, D) -> the layer's output (B, F, T, C)."""
+        y = self.cross_attn.o(y.flatten(-2))
         with region("overhead.norm"):
-            x, y = add_norm(x, y.unflatten(1, frames), Norm(scale_f, shift_f, self.eps))
+            x, y = add_norm(x, y.unflatten(1, x.shape[1:3]), Norm(modulation[4], modulation[3], self.eps))
         y = feed_forward(self.ffn[0], self.ffn[1], self.ffn[2], y)
         with region("overhead.norm"):
-            return add(x, y, gate_f)
+            return add(x, y, modulation[5])
 
     def keys(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
         """x (B, F, T, C) -> this layer's keys and values (B, S, H, D), and nothing of what comes after them."""

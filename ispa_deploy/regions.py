@@ -61,6 +61,11 @@ def region(name: str) -> AbstractContextManager[None]:
     return _Off() if _recorder is None else _recorder.region(name)
 
 
+def recorded() -> bool:
+    """Whether a recorder is installed."""
+    return _recorder is not None
+
+
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[Recorder]:
     """Install `recorder` for the body. Recorders do not stack: two at once would both claim the time."""

@@ -189,6 +189,9 @@ class MachineFlags:
     dtype: DtypeOpt = "auto"
     threads: ThreadsOpt = None
     tune_allocator: TuneOpt = True
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the layers; where no compiler works they run eagerly.")
+    ] = False
     overlap_decode: Annotated[
         bool, typer.Option("--overlap-decode", help="Decode a chunk while the next one is generated; same pixels.")
     ] = False
