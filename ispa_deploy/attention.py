@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ispa_deploy.errors import InputError, known_names
+from ispa_deploy.passes import on_triton
 from ispa_deploy.regions import region
 
 
@@ -212,6 +213,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", mark: str 
 def merge(a: Attended, b: Attended) -> Attended:
     """Join attention over two disjoint key sets (paper eq. 11-12); weights and sum in float32, float64 for float64."""
     with region("attention.merge"):
+        if on_triton(a.out):
+            from ispa_deploy.triton_passes import merge as fused
+
+            return Attended(*fused(a.out, a.lse, b.out, b.lse))
         wide = _lse_dtype(a.out)
         # Two empty sets give -inf - -inf = nan: any weight serves there, both outputs are zero.
         share = torch.sigmoid((a.lse - b.lse).nan_to_num(nan=0.0)).to(wide).unsqueeze(-1)

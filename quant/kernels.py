@@ -155,19 +155,22 @@ def multiply(rows: QuantisedRows, weight: Resident, bias: Tensor | None) -> Tens
 
 def fuses_gelu(x: Tensor, weight: Resident, after: Resident) -> bool:
     """Whether `multiply_gelu` takes x (..., K) on its way through `weight` into `after`."""
-    same = weight.entry.kernel is after.entry.kernel is kernels_cpu.ONEDNN
-    return same and elementwise.applies(x, weight.outputs, wide=True)
+    kernel = weight.entry.kernel
+    if kernel is not after.entry.kernel:
+        return False
+    if kernel is kernels_cuda.TRITON:
+        return x.numel() > 0
+    return kernel is kernels_cpu.ONEDNN and elementwise.applies(x, weight.outputs, wide=True)
 
 
 def multiply_gelu(rows: QuantisedRows, weight: Resident, bias: Tensor | None) -> QuantisedRows:
     """GELU (tanh) of the product, quantised for the next layer, in one pass; ask `fuses_gelu` first."""
     entry, dtype = weight.entry, rows.source.dtype
     entry.calls += 1
-    codes, scale = kernels_cpu.ONEDNN.multiply_gelu_quantise(
-        rows.codes, rows.scale, entry.packed, entry.column, bias, dtype
-    )
+    kernel = kernels_cuda.TRITON if entry.kernel is kernels_cuda.TRITON else kernels_cpu.ONEDNN
+    codes, scale = kernel.multiply_gelu_quantise(rows.codes, rows.scale, entry.packed, entry.column, bias, dtype)
     # The values themselves are nowhere: a source of the right shape and dtype, without memory.
-    source = torch.empty((), dtype=dtype).expand(*rows.source.shape[:-1], weight.outputs)
+    source = rows.source.new_empty(()).expand(*rows.source.shape[:-1], weight.outputs)
     return QuantisedRows(codes, scale, source)
 
 

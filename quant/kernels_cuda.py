@@ -44,6 +44,16 @@ class _Triton(_CudaKernel):
         with region("linear.gemm"):
             return int8_linear(codes, scale, packed, column, bias, dtype)
 
+    def multiply_gelu_quantise(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and scales of GELU (tanh) of the product, for the next layer of this kind: one pass for two."""
+        from quant.triton_kernels import quantise_rows as fused
+
+        product = self.multiply(codes, scale, packed, column, bias, dtype)
+        with region("linear.quantise"):
+            return fused(product, gelu=True)
+
 
 class _IntMm(_CudaKernel):
     """`torch._int_mm`: needs K and N in eights, 17 rows, and the weight column-major, which (N, K).t() is."""

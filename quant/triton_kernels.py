@@ -42,11 +42,14 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit
-def _quantise_kernel(x, codes, scale, K, stride, BLOCK: tl.constexpr):
+def _quantise_kernel(x, codes, scale, K, stride, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < K
     values = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    if GELU:
+        cubic = values + 0.044715 * values * values * values
+        values = values / (1.0 + tl.exp(tl.minimum(-1.5957691216057308 * cubic, 80.0)))
     # max drops NaN; this sum is 0 for finite rows and NaN for a row with NaN or Inf.
     poison = tl.sum(values * 0.0, axis=0)
     step = tl.maximum(tl.max(tl.abs(values), axis=0) / 127.0, _FLOOR)
@@ -96,15 +99,20 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, K) float, rows contiguous -> int8 codes (M, K) and float32 scales (M, 1); see `quant.primitives`."""
+def quantise_rows(x: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """(M, K) float, rows contiguous -> int8 codes (M, K) and float32 scales (M, 1); see `quant.primitives`.
+
+    `gelu`: of GELU (tanh) of x.
+    """
     x = (x if x.dtype != torch.float64 else x.float()).contiguous()
     m, k = x.shape
     codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
     scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(k)
     with _on(x.device):
-        _quantise_kernel[(m,)](x, codes, scale, k, x.stride(0), BLOCK=block, num_warps=4 if block <= 4096 else 8)
+        _quantise_kernel[(m,)](
+            x, codes, scale, k, x.stride(0), GELU=gelu, BLOCK=block, num_warps=4 if block <= 4096 else 8
+        )
     return codes, scale
 
 

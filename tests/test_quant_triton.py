@@ -16,6 +16,8 @@ from quant.primitives import int_matmul, quantise_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# A bfloat16 result: the interpreter cuts off where a GPU rounds.
+CAST = 2.0 ** (-7 if INTERPRETED else -8)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -27,15 +29,24 @@ def test_this_file_interpreted() -> None:
         env={**os.environ, "TRITON_INTERPRET": "1"}, check=False, capture_output=True, text=True,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-3000:]
-    assert "5 passed" in child.stdout
+    assert "14 passed" in child.stdout
+
+
+def _interpreted(name: str) -> ModuleType:
+    pytest.importorskip("triton")
+    if DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("runs in the child process of test_this_file_interpreted")
+    return importlib.import_module(name)
 
 
 @pytest.fixture
 def kernels() -> ModuleType:
-    pytest.importorskip("triton")
-    if DEVICE == "cpu" and not INTERPRETED:
-        pytest.skip("runs in the child process of test_this_file_interpreted")
-    return importlib.import_module("quant.triton_kernels")
+    return _interpreted("quant.triton_kernels")
+
+
+@pytest.fixture
+def passes() -> ModuleType:
+    return _interpreted("ispa_deploy.triton_passes")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy, on NaN rows
@@ -49,6 +60,48 @@ def test_quantiser_equals_the_plain_one(kernels: ModuleType) -> None:
         torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0, equal_nan=True)
         fine = [0, *range(3, 9)]
         assert int((codes[fine].int() - want_codes[fine].int()).abs().max()) <= (1 if DEVICE == "cuda" else 0)
+
+
+def test_quantiser_after_gelu_against_float64(kernels: ModuleType) -> None:
+    x = torch.randn(9, 300, device=DEVICE).bfloat16() * 4
+    codes, scale = kernels.quantise_rows(x, gelu=True)
+    exact = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    torch.testing.assert_close(scale.double(), exact.abs().amax(-1, keepdim=True) / 127, rtol=1e-5, atol=0)
+    assert float(((codes.double() * scale.double() - exact).abs() / scale.double()).max()) <= 0.501
+
+
+@pytest.mark.parametrize("table", [(1, 1, 1, 72), (2, 3, 1, 72), (72,)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, CAST)])
+def test_residual_norm_against_float64(
+    passes: ModuleType, table: tuple[int, ...], dtype: torch.dtype, bound: float
+) -> None:
+    x, y = (torch.randn(2, 3, 5, 72, device=DEVICE).to(dtype) * 3 for _ in range(2))
+    gate, scale, shift = (torch.randn(table, device=DEVICE).to(dtype) for _ in range(3))
+    one = len(table) > 1
+    for given, by in ((None, None), (y, None), (y, gate)):
+        total, normed = passes.residual_norm(x, given, by, scale, shift, 1e-6, one)
+        want = x.double() + (0 if given is None else given.double() * (1 if by is None else by.double()))
+        torch.testing.assert_close(total.double(), want, rtol=bound, atol=bound)
+        wide = torch.nn.functional.layer_norm(total.double(), (72,), eps=1e-6)
+        torch.testing.assert_close(
+            normed.double(), wide * (scale.double() + one) + shift.double(), rtol=bound, atol=bound
+        )
+    assert passes.residual_norm(x, y, gate, None, None, 0.0, False)[1] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_against_float64(passes: ModuleType, dtype: torch.dtype) -> None:
+    """Of views as the kernels return them, with empty sets on either side and on both."""
+    a, b = (torch.randn(2, 3, 7, 40, device=DEVICE).to(dtype).transpose(1, 2) for _ in range(2))
+    first, second = (3 * torch.randn(2, 3, 7, device=DEVICE).transpose(1, 2) for _ in range(2))
+    first[0, 0], second[0, 1] = -torch.inf, -torch.inf
+    first[1, 2], second[1, 2] = -torch.inf, -torch.inf
+    a[1, 2], b[1, 2] = 0, 0
+    out, lse = passes.merge(a, first, b, second)
+    share = torch.sigmoid((first.double() - second.double()).nan_to_num(nan=0.0)).unsqueeze(-1)
+    want = torch.lerp(b.double(), a.double(), share)
+    torch.testing.assert_close(out.double(), want, rtol=CAST if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, torch.logaddexp(first, second), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (5, 70, 33), (64, 64, 128), (130, 200, 300)])
