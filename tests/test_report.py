@@ -34,6 +34,7 @@ from ispa_deploy.profile.trace import NAMES, TRACKS, decode, encode, trace
 from ispa_deploy.regions import FAMILIES, ROWS, recording, region
 from quant.audit import audit
 from tests.tiny import SPEC, tiny_model
+from tests.trace_format import read as read_trace
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {f"paper.{figure}.short" for figure in PAPER}  # an object where a figure is not reached, else null
@@ -210,6 +211,17 @@ def test_the_trace_shows_the_chunk_that_the_report_counts(document: dict[str, An
             assert sum(event["dur"] for event in mine) / 1e3 == pytest.approx(ms, abs=1e-3 * (len(slices) + 1))
             assert {TRACKS[event["tid"] - 1] for event in mine} <= {row.partition(".")[0]}
         assert sum(event["dur"] for event in slices) / 1e3 == pytest.approx(sum(truth.values()), abs=2e-3)
+
+
+def test_the_trace_is_what_importers_of_the_format_expect(document: dict[str, Any]) -> None:
+    found = read_trace(trace(document))
+    assert {process for process, _ in found} == {"tiny: full", "tiny: ispa"}
+    assert {track for _, track in found} <= set(TRACKS)
+    overlapping = json.loads(trace(document))
+    first = next(event for event in overlapping["traceEvents"] if event["ph"] == "X")
+    first["dur"] = 10**9
+    with pytest.raises(AssertionError, match="overlap"):
+        read_trace(json.dumps(overlapping))
 
 
 def test_the_columns_of_a_timeline_are_full_and_keep_the_families_shares(document: dict[str, Any]) -> None:
