@@ -31,7 +31,7 @@ _TITLES = {
     "ispa": "ISPA",
     "full+w8a8": "Full cache + W8A8",
     "ispa+w8a8": "ISPA + W8A8",
-    "local+w8a8": "All layers local, one recent chunk + W8A8",
+    "local+w8a8": "All layers local + W8A8",
     "published": "Published loop, plain PyTorch",
 }
 _BADGES = {"reproduced": "good", "not reproduced": "bad", "inconclusive": "doubt"}

@@ -85,7 +85,8 @@ def paper_grid(report: Report) -> list[list[str]]:
 
 def sentences(report: Report) -> list[str]:
     """What the numbers mean and what speaks against them, one plain sentence each."""
-    return [*explanations(report), *(f"Warning: {warning}" for warning in report["warnings"])]
+    peaks = [peak_line(report)] if report.get("peak") else []
+    return [*explanations(report), *peaks, *(f"Warning: {warning}" for warning in report["warnings"])]
 
 
 def explanations(report: Report) -> list[str]:
@@ -100,8 +101,7 @@ def explanations(report: Report) -> list[str]:
             text.append("The paper's 1.86x is out of reach here: not even linear layers that cost nothing would do.")
     else:
         text.append(f"The paper's 1.86x would need linear layers {law['linear_speedup_needed']:.2f}x faster.")
-    peaks = [peak_line(report)] if report.get("peak") else []
-    return [*text, *_setting_sentences(report), *_window_sentences(report), *_eight_bit_sentences(report), *peaks]
+    return [*text, *_setting_sentences(report), *_window_sentences(report), *_eight_bit_sentences(report)]
 
 
 def _window_sentences(report: Report) -> list[str]:
