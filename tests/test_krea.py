@@ -300,3 +300,27 @@ def test_a_stream_made_steady_encodes_its_context_too() -> None:
         for _ in range(2):
             steady.step()
     assert passes == [6, 3, 6, 3, 3, 3]
+
+
+def test_a_batch_of_two_is_two_batches_of_one() -> None:
+    model, rows = tiny_model(WIDE), text_rows(WIDE, batch=2)
+    streams = [open_stream(model, part, StreamOptions(frames=15, policy="full")) for part in (rows, rows[:1], rows[1:])]
+    noise = torch.randn(5, 3, 2, 3, *WIDE.latent_shape)
+    for stream, samples in zip(streams, (slice(0, 2), slice(0, 1), slice(1, 2)), strict=True):
+        stream.noise = lambda chunk, _, step, samples=samples: noise[chunk, step, samples]
+    together, *apart = (latents_of(stream) for stream in streams)
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("spread", [0, 2])
+@pytest.mark.parametrize("kv_dtype", ["int8", "auto"])
+def test_the_other_options_hold_on_krea_too(spread: int, kv_dtype: str) -> None:
+    """8-bit caches stay close to the full run, and a spread solve absorbs as many chunks later."""
+    full = latents_of(krea_stream(frames=24, policy="full"))
+    stream = krea_stream(frames=24, spread_solve=spread, kv_dtype=kv_dtype)
+    states = [stream.absorber.state for _ in stream]
+    assert states.index("absorbed") == 3 + spread
+    coded = latents_of(krea_stream(frames=24, policy="full", kv_dtype=kv_dtype))
+    assert torch.equal(coded, full) == (kv_dtype == "auto")
+    assert float((coded - full).square().mean() / full.square().mean()) < 1e-2

@@ -21,6 +21,7 @@ from ispa_deploy.profile.start import AFTER, measure_start
 from ispa_deploy.profile.steady import SteadyStream
 from ispa_deploy.profile.windows import LONG, chunk_gain, measure_windows, window_needed
 from ispa_deploy.profile.work import Setting, Work, chunk_work, keys_of
+from ispa_deploy.specs import ModelSpec
 from tests.tiny import SPEC, tiny_model
 
 CPU = torch.device("cpu")
@@ -45,11 +46,15 @@ def test_too_few_values_have_no_interval() -> None:
     assert ratio_interval([4.0] * ENOUGH, [2.0] * ENOUGH) == [2.0, 2.0]
 
 
+KREA = replace(SPEC, window_frames=9, rope="window", reencodes=True, steps=(1000, 500, 0))
+
+
+@pytest.mark.parametrize("spec", [SPEC, KREA], ids=["clean-pass", "context-pass"])
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("policy", ["full", "absorb"])
-def test_counted_operations_are_those_of_the_real_chunk(policy: str, whole: bool) -> None:
+def test_counted_operations_are_those_of_the_real_chunk(policy: str, whole: bool, spec: ModelSpec) -> None:
     """torch counts every matrix product of a steady chunk whose attention is written out as products."""
-    model = tiny_model(SPEC)
+    model = tiny_model(spec)
     steady = SteadyStream.open(model, StreamOptions(policy=policy, backend="reference", full_commit=whole), 4)
     with steady.turn():
         steady.step(), steady.step()  # every timestep has been seen: conditions are made once

@@ -7,7 +7,7 @@ result written once, nothing kept between kernels. A row that reaches neither pe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ispa_deploy.specs import ModelSpec
 
@@ -40,7 +40,7 @@ class Setting:
     values alone; None: it runs to its end.
     """
 
-    keys: Sequence[int]
+    keys: Sequence[float]
     width: int
     weight_width: int
     stores: int | None = None
@@ -68,7 +68,9 @@ def chunk_work(spec: ModelSpec, setting: Setting) -> dict[str, Work]:
 
 
 def _clean_work(spec: ModelSpec, setting: Setting) -> dict[str, Work]:
-    """The clean pass: whole, or as far as layers keep something of it."""
+    """The clean pass, or a context pass: whole, or as far as layers keep something of it."""
+    if spec.reencodes:
+        return _context_work(spec, setting)
     if setting.stores is None:
         return _pass_work(spec, setting, spec.layers, head=True)
     if setting.stores == 0:
@@ -76,6 +78,18 @@ def _clean_work(spec: ModelSpec, setting: Setting) -> dict[str, Work]:
     rows = _pass_work(spec, setting, setting.stores - 1, head=False)
     queries = spec.chunk_frames * spec.frame_tokens
     rows["linear.gemm"] += _linears([(spec.dim, spec.dim)] * 2, queries, setting)
+    return rows
+
+
+def _context_work(spec: ModelSpec, setting: Setting) -> dict[str, Work]:
+    """The context pass: every layer keeps something of it, and each chunk of it sees itself and the ones before."""
+    context, whole = spec.context_frames, setting.stores is None
+    # Whole chunks see half of the context and half a chunk on average.
+    seen = replace(setting, keys=[(context + spec.chunk_frames) / 2] * spec.layers)
+    spec = replace(spec, chunk_frames=context, window_frames=2 * context)
+    rows = _pass_work(spec, seen, spec.layers - (0 if whole else 1), head=whole)
+    if not whole:
+        rows["linear.gemm"] += _linears([(spec.dim, spec.dim)] * 2, context * spec.frame_tokens, setting)
     return rows
 
 
@@ -101,7 +115,7 @@ def _pass_work(spec: ModelSpec, setting: Setting, layers: int, *, head: bool) ->
     return rows
 
 
-def _attention(spec: ModelSpec, queries: int, keys: int, width: int) -> Work:
+def _attention(spec: ModelSpec, queries: int, keys: float, width: int) -> Work:
     """Two products; q and the output, k and v."""
     return Work(4 * queries * keys * spec.dim, 2 * (queries + keys) * spec.dim * width)
 
