@@ -75,7 +75,8 @@ def run(bundle: Path, folder: Path, *arguments: object, frames: int = 24) -> dic
     base = bundle.parent / "Wan2.1-T2V-1.3B"
     document: dict[str, Any] = command(
         "run", bundle, "--prompt", "a red ring", "--frames", frames, "--text-encoder", base, "--vae", base,
-        "--prompt-cache", folder / "prompts", "--threads", 1, "--no-tune-allocator", "--json", *arguments,
+        "--prompt-cache", folder / "prompts", "--dtype", "bfloat16", "--threads", 1, "--no-tune-allocator", "--json",
+        *arguments,
     )  # fmt: skip
     return document
 
