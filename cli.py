@@ -97,7 +97,9 @@ def models(json_only: JsonOpt = False) -> None:
 
 @app.command()
 def quantize(
-    source: Annotated[str, typer.Argument(help="`demo`, `random`, or a checkpoint: .safetensors, .pt, a folder.")],
+    source: Annotated[
+        str, typer.Argument(help="`demo`, `random`, a checkpoint (.safetensors, .pt, a folder), org/name to download.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's folder.")],
     model: Annotated[str | None, typer.Option(help="Model of the table; default: as the checkpoint looks.")] = None,
     scheme: Annotated[
@@ -385,10 +387,15 @@ def demo(
 
 def _quantise(source: str, out: Path, scheme: str, **choices: Any) -> dict[str, Any]:
     from export.convert import quantise_source
+    from export.hub import fetch, is_repository
     from export.onestep import one_step, summary_tables
     from quant import SCHEMES, resolve
     from quant.schemes import W8A8
 
+    if is_repository(source):
+        say(f"{source}: from the cache, or downloaded")
+        fetched = fetch(source)
+        source, choices["lora"] = str(fetched.path), choices.get("lora") or fetched.lora
     chosen, line = resolve(scheme, "cpu")
     say(line)
     candidates = [SCHEMES[name] for name in W8A8] if scheme == "w8a8" else [chosen]
