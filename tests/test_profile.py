@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -34,15 +35,23 @@ def spin(ms: float) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+def sleep(ms: float) -> float:
+    """Wait for at least `ms`; what it took on the same kind of clock."""
+    start = time.perf_counter()
+    time.sleep(ms / 1e3)
+    return 1e3 * (time.perf_counter() - start)
+
+
 class Spinning(nn.Module):
     """A pass of known cost; `truth` is what each row really took."""
 
-    def __init__(self) -> None:
+    def __init__(self, burn: Callable[[float], float] = spin) -> None:
         super().__init__()
+        self.burn = burn
         self.truth = dict.fromkeys((*ROWS, "unattributed"), 0.0)
 
     def spend(self, row: str, ms: float) -> None:
-        self.truth[row] += spin(ms)
+        self.truth[row] += self.burn(ms)
 
     def forward(self) -> None:
         self.spend("overhead.python", 3)
@@ -69,8 +78,9 @@ def chunk_of(model: Spinning) -> Breakdown:
     return measure(work, model, CPU)
 
 
-def test_nested_time_goes_to_the_innermost_mark_once() -> None:
-    model = Spinning()
+@pytest.mark.parametrize("burn", [spin, sleep])
+def test_nested_time_goes_to_the_innermost_mark_once(burn: Callable[[float], float]) -> None:
+    model = Spinning(burn)
     chunk = chunk_of(model)
     total = sum(model.truth.values())
     found = {**chunk.components, "unattributed": chunk.unattributed}
