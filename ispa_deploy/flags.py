@@ -23,6 +23,8 @@ def check_deltas_to_come(stream: Stream) -> None:
     since = max([0, *(frame + settling for frame, _ in stream.switches)])
     if not absorber.policy.absorbs:
         raise InputError(f"--save-deltas with --policy {absorber.policy.name}: expected a policy that absorbs")
+    if not absorber.storable:
+        raise InputError("--save-deltas with --per-step: a file holds one correction for each layer; leave one out")
     if not absorber.deltas and stream.frames - since < warmup:
         raise InputError(
             f"--save-deltas: the stream ends {stream.frames - since} frames into a warm-up of {warmup}; give more "

@@ -18,6 +18,7 @@ from ispa_deploy.absorb.records import Choice
 from ispa_deploy.absorb.solve import Ridge
 from ispa_deploy.adapt import adapted, check_length
 from ispa_deploy.advice import memory_errors
+from ispa_deploy.avatar.absorb import PerStepAbsorber
 from ispa_deploy.avatar.cache import AvatarCache
 from ispa_deploy.avatar.condition import drawn_distance
 from ispa_deploy.avatar.stream import AvatarStream, Scene
@@ -50,7 +51,8 @@ class StreamOptions:
     `kv_dtype`: how frames are held between chunks, `auto` (the model's own dtype), `int8` or `fp8`.
     `delta_rank`: how many directions of each correction are kept; None: all. `quantisation_aware`: see `Settings`.
     Speech to video only: `rope_table`: `exact`, or `fp16` as upstream rounds it; `online_reference`: the first
-    generated frame takes the reference's place after the first clip, as upstream's online decoding does.
+    generated frame takes the reference's place after the first clip, as upstream's online decoding does; `per_step`:
+    a correction for each denoising step, and not one for all of them.
     `height` and `width` in pixels; `interpolate`: chunks from one prompt to the next. Of a model that encodes its past
     anew before every chunk: `kv_frames` (its context), `kv_bias` in (0, 1] (the weight of keys between the context's
     first frame and the chunk; 1: off), `steps` (denoising passes, the last at timestep 0), `strength` in (0, 1] (how
@@ -89,6 +91,7 @@ class StreamOptions:
     kv_dtype: str = "auto"
     rope_table: str = "exact"
     online_reference: bool = False
+    per_step: bool = False
     height: int | None = None
     width: int | None = None
     interpolate: int | None = None
@@ -150,7 +153,9 @@ def open_stream(
         spec, lambda: setup_for(model, model.dtype, options), model.device, lambda: "while the caches are allocated"
     ):
         cache = _cache(model, spec, options, batch=len(text_rows), recent=recent, sink=policy.sink)
-    absorber = Absorber(
+    if options.per_step and (scene is None or deltas is not None):
+        raise InputError("--per-step: expected a speech-to-video model and no --deltas, which hold one for all steps")
+    absorber = (PerStepAbsorber if options.per_step else Absorber)(
         targets=[block.self_attn.o for block in model.layers()],
         cache=cache,
         policy=policy,

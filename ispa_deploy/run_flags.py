@@ -118,6 +118,9 @@ class StreamFlags:
     rope_table: Annotated[
         str, typer.Option(help="Speech to video: exact rotations, or fp16, rounded as upstream does.")
     ] = "exact"
+    per_step: Annotated[
+        bool, typer.Option("--per-step", help="Speech to video: a correction of its own for each denoising step.")
+    ] = False
     online_reference: Annotated[
         bool, typer.Option("--online-reference", help="Speech to video: after a clip, refer to the first frame made.")
     ] = False

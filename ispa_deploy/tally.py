@@ -124,7 +124,7 @@ def report_of(
             "per_chunk_bytes": tally.kv_bytes,
         },
         "delta_modes": tally.delta_modes,
-        "delta_bytes": sum(delta.nbytes for delta in absorber.deltas.values()),
+        "delta_bytes": sum(delta.nbytes for delta in absorber.corrections()),
         "statistics_bytes": tally.held.get("statistics", 0),
         "memory": {"allocated": tally.held, "predicted": budget.to_dict()},
         "absorption": {**absorber.report(), "notes": _notes(stream)},

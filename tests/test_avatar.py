@@ -15,9 +15,11 @@ from ispa_deploy.avatar.model import CausalS2V
 from ispa_deploy.avatar.stream import Scene
 from ispa_deploy.errors import InputError
 from ispa_deploy.networks import network_of
+from ispa_deploy.options import StreamOptions, open_stream
 from ispa_deploy.sampler import Sampler
 from ispa_deploy.specs import SPECS
-from tests.reference import attention, kept_frames, rotate
+from tests.reference import attention, kept_frames, ridge, rotate
+from tests.tiny import tiny_model
 from tests.tiny_avatar import AVATAR, avatar_model, scene
 
 TOKENS, STEPS, CHUNK = AVATAR.frame_tokens, len(AVATAR.steps), AVATAR.chunk_frames
@@ -252,6 +254,112 @@ def test_a_frame_hears_no_later_sound() -> None:
     assert torch.equal(local[:, :2], local_2[:, :2])
     assert torch.equal(heard[:, :2], heard_2[:, :2])
     assert not torch.allclose(local[:, 2], local_2[:, 2])
+
+
+# -- absorption
+
+
+def _stream(model: CausalS2V, **options: Any) -> Any:
+    rows = torch.randn(1, AVATAR.text_len, AVATAR.text_dim, generator=torch.Generator().manual_seed(4))
+    return open_stream(model, rows, StreamOptions(**{"frames": 18, **options}), scene=scene())
+
+
+def _rows_seen(stream: Any) -> dict[tuple[int, int], list[tuple[Tensor, Tensor]]]:
+    """Local and full rows of every layer and step, as the absorber is told them."""
+    seen: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+    tell = stream.absorber._observe
+
+    def listen(layer: int, local: Tensor, full: Tensor) -> None:
+        rows = local[0].flatten(1).double(), full[0].flatten(1).double()
+        seen.setdefault((layer, stream.cache.step), []).append(rows)
+        tell(layer, local, full)
+
+    stream.absorber._observe = listen
+    return seen
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+def test_corrections_are_the_ridge_regression_on_the_rows_of_all_steps_or_of_one(per_step: bool) -> None:
+    model = avatar_model()
+    stream = _stream(
+        model, preset="paper", ratio=1.0, ridge_absolute=1.0, stats_double=True, per_step=per_step, delta="side"
+    )
+    seen = _rows_seen(stream)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    latents = torch.cat([chunk.latents for chunk in stream], 1)
+    assert latents.isfinite().all()
+    assert stream.absorber.state == "absorbed"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(block.self_attn.o.delta is None for block in model.layers())
+    for layer in (0, 3):
+        weight = model.layers()[layer].self_attn.o.weight.detach().double()
+        for step in range(STEPS):
+            steps = [step] if per_step else range(STEPS)
+            local, full = (torch.cat([rows[side] for at in steps for rows in seen[layer, at]]) for side in (0, 1))
+            want, _ = ridge(local, (full - local) @ weight.T, 1.0)
+            delta = stream.absorber.steps[layer][step] if per_step else stream.absorber.deltas[layer]
+            torch.testing.assert_close(delta.weight.double(), want.T, atol=1e-5, rtol=1e-4)
+
+
+def test_each_step_runs_under_its_own_correction() -> None:
+    model = avatar_model()
+    stream = _stream(model, preset="paper", ratio=0.5, per_step=True)
+    carried: dict[int, list[Tensor]] = {}
+
+    def watch(module: nn.Module, *_: Any) -> None:
+        if module.delta is not None:  # type: ignore[union-attr]
+            carried.setdefault(stream.cache.step, []).append(module.delta.weight)  # type: ignore[union-attr, arg-type]
+
+    layers = []
+    for chunk in stream:
+        if chunk.index == 3:
+            layers = stream.absorber.local_layers()
+            handle = model.layers()[layers[0]].self_attn.o.register_forward_pre_hook(watch)
+    handle.remove()
+    assert len(layers) == 2
+    for step, deltas in carried.items():
+        assert all(torch.equal(delta, stream.absorber.steps[layers[0]][step].weight) for delta in deltas)
+    assert sorted(carried) == list(range(STEPS))
+    one, other = (stream.absorber.steps[layers[0]][step].weight for step in (0, 3))
+    assert not torch.allclose(one, other)
+    assert len(list(stream.absorber.corrections())) == 2 * STEPS
+
+
+def test_the_prefill_after_a_prompt_switch_runs_without_corrections() -> None:
+    """Two streams of one model, absorbed or not, hold the same condition once the prompt has changed."""
+    conditions = []
+    rows = torch.randn(1, AVATAR.text_len, AVATAR.text_dim)
+    for policy in ("full", "absorb"):
+        model = avatar_model()
+        stream = open_stream(
+            model, rows, StreamOptions(frames=18, policy=policy, ratio=1.0), scene=scene(), switches=[(15, rows + 1)]
+        )
+        first = None
+        for chunk in stream:
+            if chunk.index == 0:
+                first = stream.cache.conditioned(2)[0].clone()
+        conditions.append(stream.cache.conditioned(2)[0].clone())
+        assert first is not None
+        assert not torch.allclose(first, conditions[-1])
+    torch.testing.assert_close(*conditions)
+
+
+def test_a_longer_stream_keeps_its_early_frames_and_another_seed_does_not() -> None:
+    model = avatar_model()
+    short, long, other = (
+        torch.cat([chunk.latents for chunk in _stream(model, policy="full", frames=frames, seed=seed)], 1)
+        for frames, seed in ((9, 0), (15, 0), (9, 1))
+    )
+    assert torch.equal(short, long[:, :9])
+    assert not torch.allclose(short, other)
+
+
+def test_a_stream_needs_its_scene_and_no_other_model_takes_one() -> None:
+    rows = torch.zeros(1, AVATAR.text_len, AVATAR.text_dim)
+    with pytest.raises(InputError, match="sound and an image"):
+        open_stream(avatar_model(), rows, StreamOptions(frames=18))
+    with pytest.raises(InputError, match="no scene"):
+        open_stream(tiny_model(), rows, StreamOptions(frames=18), scene=scene())
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,14 @@ def test_what_is_missing_is_named(bundle: Path, given: tuple[object, ...], witho
 
 
 @pytest.mark.parametrize(
-    "flags", [("--kv-dtype", "int8"), ("--rope-table", "half"), ("--recent-frames", 2), ("--infinity",)]
+    "flags",
+    [
+        ("--kv-dtype", "int8"),
+        ("--rope-table", "half"),
+        ("--recent-frames", 2),
+        ("--infinity",),
+        ("--per-step", "--save-deltas", "d.safetensors"),
+    ],
 )
 def test_options_that_do_not_fit_are_refused(
     bundle: Path, given: tuple[object, ...], flags: tuple[object, ...]

@@ -12,10 +12,10 @@ bit.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class Absorber:
     stats_device: str | None = None
     spread: int = 0
     rank: Rank | None = None
+    storable: ClassVar[bool] = True
+    """Whether `deltas` is all there is of its corrections."""
 
     def __post_init__(self) -> None:
         spec = self.cache.spec
@@ -302,6 +304,10 @@ class Absorber:
         """Bytes of the sums, and of what solved layers hold until the layers that become local are chosen."""
         solved = sum(record.delta.nbytes for record in self.records if record.delta is not None)
         return sum(s.nbytes() for s in (*self._early, *self._late)) + solved
+
+    def corrections(self) -> Iterable[Delta]:
+        """Every delta that a local layer carries at one time or another."""
+        return self.deltas.values()
 
     def delta_bytes(self) -> int:
         return sum(target.delta_nbytes() for target in self.targets)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ispa_deploy.avatar.absorb import PerStepAbsorber
 from ispa_deploy.avatar.audio import LEAD_FRAMES
 from ispa_deploy.avatar.cache import AvatarCache
 from ispa_deploy.avatar.condition import Distance, drawn_distance
@@ -114,6 +115,8 @@ class AvatarStream(Stream):
     def _velocity(self, x: Tensor, timestep: float) -> Tensor:
         step = self._steps[timestep]
         self._memory.begin_pass(step, self.distance(self._memory.start, step))
+        if isinstance(self.absorber, PerStepAbsorber):
+            self.absorber.use(step)
         flow = self._network(x, self._condition(timestep), self.text, self._memory, guidance=self._guidance)
         self.absorber.after_pass()
         return flow
