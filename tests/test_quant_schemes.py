@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ispa_deploy.delta import Delta
 from ispa_deploy.errors import InputError
 from quant import kernels, kernels_float8
 from quant.interchange import from_bitsandbytes, from_torchao, to_bitsandbytes, to_torchao
@@ -96,6 +97,48 @@ def test_outliers_hurt_their_own_row_alone(kind: LayerKind, linear: nn.Linear) -
     # Of the row with the outlier: its step is 1e4 / 127, so what is left is the outlier's own column.
     assert bool(y[3].isfinite().all())
     assert relative(y[3], want[3]) < 0.1
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_outlying_weights_hurt_their_own_output_alone(kind: LayerKind, linear: nn.Linear) -> None:
+    x = torch.randn(6, K)
+    clean = make(kind, linear)(x)
+    with torch.no_grad():
+        linear.weight[3, 7] = 1e4
+    y, want = make(kind, linear)(x), exact(linear, x)
+    others = [column for column in range(N) if column != 3]
+    assert torch.equal(y[:, others], clean[:, others])
+    assert relative(y[:, 3], want[:, 3]) < 0.05
+
+
+def test_a_range_calibrated_on_an_outlier_leaves_ordinary_rows_to_the_bias(linear: nn.Linear) -> None:
+    """One step is 1e4 / 127 = 79, and what is smaller than half of it is 0: right for the outlier, useless otherwise,
+    finite for both."""
+    x = torch.randn(6, K)
+    x[3, 7] = 1e4
+    y, want = make("int8-static", linear, 1e4)(x), exact(linear, x)
+    assert torch.equal(y[[0, 1, 2, 4, 5]], linear.bias.detach().expand(5, N))
+    assert relative(y[3], want[3]) < 0.1
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("mode", ["side", "requant", "fold"])
+def test_special_rows_with_a_delta(kind: LayerKind, mode: str, linear: nn.Linear) -> None:
+    """Zeros give the moved bias; what is not finite never comes out as a number, in any mode; others are alone."""
+    with torch.no_grad():
+        linear.bias.copy_(linear.bias.half())
+    layer, x = make(kind, linear), torch.randn(6, K)
+    delta = Delta(0.02 * torch.randn(N, K), torch.randn(N).half().float())
+    layer.set_delta(delta, mode)
+    x[1] = 0
+    clean = layer(x)
+    assert delta.bias is not None
+    torch.testing.assert_close(clean[1], linear.bias.detach() + delta.bias, rtol=2e-3, atol=2e-3)
+    for poison in (math.nan, math.inf, -math.inf):
+        x[4, 7] = poison
+        y = layer(x)
+        assert not bool(y[4].isfinite().any())
+        assert torch.equal(y[[0, 1, 2, 3, 5]], clean[[0, 1, 2, 3, 5]])
 
 
 def test_a_static_scale_saturates_outliers(linear: nn.Linear) -> None:

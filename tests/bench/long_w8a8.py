@@ -1,0 +1,115 @@
+"""`python -m tests.bench.long_w8a8`: the demo model over 100 chunks in 8 bits and in floating point, judged by itself.
+
+Trajectories part within a few chunks, so nothing is compared frame by frame: each video is measured against its own
+warm-up and the demo's known world, and the means over prompt-seed pairs are compared. A metric's verdict is `within`
+where the 95 % interval of the difference (bootstrap over pairs) lies inside the margin, 2 % of the mean in floating
+point; `worse` or `better` where it lies beyond 0 on one side and not inside; else `open`: too few pairs to say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export.sources import load_source
+from ispa_deploy.demo.codec import BlockCodec
+from ispa_deploy.demo.metrics import scene_report
+from ispa_deploy.demo.prompts import embed, parse_prompt
+from ispa_deploy.evaluate.aggregate import bootstrap, mean
+from ispa_deploy.evaluate.variants import Pair, demo_pairs
+from ispa_deploy.model import CausalWanDiT
+from ispa_deploy.options import StreamOptions, open_stream
+from ispa_deploy.profile.environment import environment
+from ispa_deploy.profile.files import write_json
+from quant import SCHEMES, assert_ran, quantise_
+
+WARMUP, MARGIN = 12, 0.02
+# Metrics of which more is worse; for the others less is.
+_COSTS = ("flicker",)
+_SHOWN = ("background_psnr", "flicker", "present", "shape", "shape_iou", "speed")
+
+
+def videos(model: CausalWanDiT, pairs: list[Pair], frames: int, seed: int) -> Tensor:
+    """(B, F, 3, 40, 40): one stream of all pairs at once."""
+    rows = torch.cat([embed(parse_prompt(pair.prompt)[None]) for pair in pairs])
+    stream = open_stream(model, rows, StreamOptions(frames=frames, policy="full", seed=seed))
+    latents = torch.cat([chunk.latents for chunk in stream], 1)
+    return torch.stack([BlockCodec().decode(one) for one in latents])
+
+
+def reports(model: CausalWanDiT, pairs: list[Pair], frames: int, batch: int) -> list[dict[str, float]]:
+    """Every pair's metrics: of all frames after the warm-up, and under `late_` of the last fifth."""
+    rows = []
+    for first in range(0, len(pairs), batch):
+        part = pairs[first : first + batch]
+        for pair, pixels in zip(part, videos(model, part, frames, part[0].seed), strict=True):
+            attributes, late = parse_prompt(pair.prompt), frames - frames // 5
+            whole = scene_report(pixels[WARMUP:], attributes, pixels[:WARMUP])
+            end = scene_report(pixels[late:], attributes, pixels[:WARMUP])
+            rows.append({name: whole[name] for name in _SHOWN} | {f"late_{name}": end[name] for name in _SHOWN})
+        print(f"{len(rows)} of {len(pairs)} videos", file=sys.stderr, flush=True)
+    return rows
+
+
+def judged(name: str, floating: list[float], eight: list[float]) -> dict[str, Any]:
+    """Means, the interval of the paired difference, and the verdict."""
+    base = sum(floating) / len(floating)
+    difference = bootstrap([b - a for a, b in zip(floating, eight, strict=True)], mean)
+    margin = MARGIN * abs(base)
+    verdict = "open"
+    if -margin <= difference.low and difference.high <= margin:
+        verdict = "within"
+    elif difference.low > 0 or difference.high < 0:
+        verdict = "worse" if (difference.low > 0) == name.removeprefix("late_").startswith(_COSTS) else "better"
+    eight_mean = sum(eight) / len(eight)
+    return {"full": base, "w8a8": eight_mean, "difference": difference._asdict(), "margin": margin, "verdict": verdict}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; 1 where a metric is worse."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
+    parser.add_argument("--chunks", type=int, default=100)
+    parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--scheme", choices=[name for name in SCHEMES if name != "none"], default="w8a8-int8")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    pairs, frames = list(demo_pairs(arguments.pairs, seed=5)), 3 * arguments.chunks
+    floating, _ = load_source("demo", dtype=torch.float32)
+    eight, _ = load_source("demo", dtype=torch.float32)
+    quantise_(eight, SCHEMES[arguments.scheme])
+    full = reports(floating, pairs, frames, arguments.batch)
+    ours = reports(eight, pairs, frames, arguments.batch)
+    assert_ran(eight)
+    metrics = {
+        name: judged(name, [row[name] for row in full], [row[name] for row in ours]) for name in full[0]
+    }  # fmt: skip
+    document = {
+        "schema_version": 1,
+        "command": " ".join(["python -m tests.bench.long_w8a8", *(argv if argv is not None else sys.argv[1:])]),
+        "env": environment(torch.device("cpu")),
+        "scheme": arguments.scheme,
+        "chunks": arguments.chunks,
+        "pairs": len(pairs),
+        "margin": MARGIN,
+        "metrics": metrics,
+    }
+    for name, row in metrics.items():
+        low, high = row["difference"]["low"], row["difference"]["high"]
+        print(f"{name:20} {row['full']:9.4f} {row['w8a8']:9.4f}  difference [{low:+.4f}, {high:+.4f}] of "
+              f"±{row['margin']:.4f}: {row['verdict']}")  # fmt: skip
+    if arguments.json:
+        write_json(arguments.json, document)
+    print(json.dumps({name: row["verdict"] for name, row in metrics.items()}))
+    return 1 if any(row["verdict"] == "worse" for row in metrics.values()) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
