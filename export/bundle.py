@@ -170,7 +170,10 @@ def open_bundle(
     for path in shards:
         with reading(path, device) as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
-                state[name] = _tensor(file.get_tensor(name), name, casts[name], str(path))
+                tensor = _tensor(file.get_tensor(name), name, casts[name], str(path))
+                # A view would keep the whole file mapped, and with it the codes that lie packed elsewhere by then.
+                view = bool(manifest.quantised) and tensor.is_floating_point() and tensor.device.type == "cpu"
+                state[name] = tensor.clone() if view and tensor.dtype != torch.float8_e4m3fn else tensor
     model.load_state_dict(state, assign=True)
     del state  # so that preparing a layer frees its plain codes
     prepare_(model, allow_fallback=allow_fallback)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,15 @@ from torch import Tensor, nn
 from ispa_deploy.delta import Delta
 from ispa_deploy.errors import InputError
 from ispa_deploy.regions import region
+
+
+def shared_input(x: Tensor, layers: Sequence[nn.Module]) -> Any:
+    """`x`, which all `layers` are about to be called with, prepared once where they agree how (8-bit codes); same bits.
+
+    To be handed to them and to nobody else.
+    """
+    first: Any = layers[0]
+    return first.shared(x, layers[1:]) if hasattr(first, "shared") else x
 
 
 class Linear(nn.Linear):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ispa_deploy.linear import Linear
+from ispa_deploy.linear import Linear, shared_input
 from ispa_deploy.passes import Norm, add, add_norm, feed_forward, norm, rms_norm
 from ispa_deploy.regions import region
 from ispa_deploy.specs import ModelSpec
@@ -86,6 +86,7 @@ class _Projections(nn.Module):
 class SelfAttention(_Projections):
     def rows(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, C) -> queries, keys and values (B, S, H, D) before rotation."""
+        y = shared_input(y, (self.q, self.k, self.v))
         q, k, v = self.q(y), self.k(y), self.v(y)
         with region("overhead.norm"):
             q, k = self.norm_q(q), self.norm_k(k)
@@ -93,6 +94,7 @@ class SelfAttention(_Projections):
 
     def keys(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, C) -> the keys and values of `rows` alone, bit for bit."""
+        y = shared_input(y, (self.k, self.v))
         k, v = self.k(y), self.v(y)
         with region("overhead.norm"):
             k = self.norm_k(k)

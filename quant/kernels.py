@@ -102,7 +102,7 @@ class Resident:
         packed = kernel.pack(codes.contiguous())
         _TABLE[number] = self.entry = _Entry(kernel, packed, scale.reshape(-1).contiguous())
         # A tensor, because torch.compile would make a Python number a constant and compile every layer anew.
-        self.number = torch.tensor(number)
+        self.number, self.serial = torch.tensor(number), number
         self.outputs, self.features = codes.shape
         weakref.finalize(self, _TABLE.pop, number, None)
 

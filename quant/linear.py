@@ -6,7 +6,7 @@ unpacked, exactly, when a state dict or the reference weight is asked for (0.05 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Self
 
@@ -78,6 +78,7 @@ class QuantisedLinear(nn.Module):
                 "which int32 sums overflow; keep this layer in floating point"
             )
         self.in_features, self.out_features = in_features, out_features
+        self._alike: dict[tuple[int, int], bool] = {}  # by packed weights, which a change makes anew
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=self.code_dtype, device=device))
         self.register_buffer("weight_scale", torch.ones(out_features, 1, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32, device=device) if bias else None)
@@ -131,6 +132,24 @@ class QuantisedLinear(nn.Module):
                 rows = rows * self.pre_quant_scale.to(rows.dtype)
             codes, scale = quantise(rows, self._prepared().entry.kernel, self._step())
         return QuantisedRows(codes, scale, x)
+
+    def shared(self, x: Tensor, others: Sequence[nn.Module]) -> QuantisedRows | Tensor:
+        """See `ispa_deploy.linear.shared_input`: rows quantised once, where all would quantise alike."""
+        if torch.compiler.is_compiling() or not all(self._quantises_like(other) for other in others):
+            return x
+        return self.quantise(x)
+
+    def _quantises_like(self, other: nn.Module) -> bool:
+        if not isinstance(other, QuantisedLinear) or other.delta_mode == "fold" or self.delta_mode == "fold":
+            return False
+        key = (self._prepared().serial, other._prepared().serial)
+        if key not in self._alike:
+            ours, theirs = ((one.pre_quant_scale, one._step()) for one in (self, other))
+            same = all(a is b or (a is not None and b is not None and torch.equal(a, b))
+                       for a, b in zip(ours, theirs, strict=True))  # fmt: skip
+            kernels = {one._prepared().entry.kernel for one in (self, other)}
+            self._alike[key] = same and len(kernels) == 1
+        return self._alike[key]
 
     def _step(self) -> Tensor | None:
         """The calibrated activation scale (1,) float32; None: every row has its own."""
@@ -295,7 +314,7 @@ class QuantisedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy shares no packed weight with the original: it packs its own on its first call.
-        state = dict(self.__dict__, _resident=None, _requantised=None, _folded=None)
+        state = dict(self.__dict__, _resident=None, _requantised=None, _folded=None, _alike={})
         state["_buffers"] = {**self._buffers, "weight": self.codes()}
         return state
 

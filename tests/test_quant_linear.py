@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ispa_deploy.delta import Delta, DeltaTarget
 from ispa_deploy.errors import InputError
+from ispa_deploy.linear import shared_input
 from ispa_deploy.regions import recording
-from quant.kernels import refusal, resident_count
+from quant.kernels import QuantisedRows, refusal, resident_count
 from quant.kernels_cpu import KERNELS, ONEDNN, SIMULATED
+from quant.layers import StaticInt8Linear
 from quant.linear import Int8Linear
 
 K, N = 320, 200
@@ -296,3 +298,36 @@ def test_compiled_whole_graph_agrees_and_counts(linear: nn.Linear) -> None:
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), want, rtol=1e-6, atol=1e-6)
         assert layer.calls == 2
+
+
+# One quantisation for layers on one input
+
+
+def test_layers_that_quantise_alike_share_their_rows(linear: nn.Linear) -> None:
+    layers = [Int8Linear.from_float(linear) for _ in range(3)]
+    x = torch.randn(2, 9, K).bfloat16()
+    want, rows = [layer(x) for layer in layers], shared_input(x, layers)
+    assert isinstance(rows, QuantisedRows)
+    assert all(torch.equal(layer(rows), y) for layer, y in zip(layers, want, strict=True))
+    layers[1].set_delta(a_delta(), "side")
+    want[1] = layers[1](x)
+    assert torch.equal(layers[1](shared_input(x, layers)), want[1])
+
+
+def test_layers_that_do_not_quantise_alike_get_the_input_itself(linear: nn.Linear) -> None:
+    x, first = torch.randn(9, K), Int8Linear.from_float(linear)
+    smooth, folded, simulated = (Int8Linear.from_float(linear) for _ in range(3))
+    smooth.pre_quant_scale = torch.full((K,), 2.0)
+    folded.set_delta(a_delta(), "fold")
+    simulated.prepare(SIMULATED)
+    static = [StaticInt8Linear.calibrated(linear, amax) for amax in (4.0, 5.0, 5.0)]
+    for other in (linear, smooth, folded, simulated, static[0]):
+        assert shared_input(x, (first, other)) is x
+        assert shared_input(x, (other, first)) is x
+    assert shared_input(x, static[:2]) is x
+    assert isinstance(shared_input(x, static[1:]), QuantisedRows)
+    before = shared_input(x, (first, Int8Linear.from_float(linear)))
+    assert isinstance(before, QuantisedRows)
+    first.pre_quant_scale = torch.full((K,), 2.0)  # and what was found before no longer holds
+    first.load_state_dict(first.state_dict())
+    assert shared_input(x, (first, Int8Linear.from_float(linear))) is x
