@@ -1,8 +1,9 @@
 """`python -m tests.bench.kv`: keys and values in 8 bits against the same stream without: time, bytes and error.
 
-Time: steady chunks of the mid geometry with ISPA, one thread, CPU time of the process, so that other processes on the
-machine do not count. The streams take turns and the result is the median over rounds of the ratio of neighbours. Error:
-what 8 bits take from the embedded model's own keys and values, and from its latents, chunk by chunk, same noise.
+Time: steady chunks of the mid geometry with ISPA, of `--layers` layers, as all cost the same; one thread, CPU time of
+the process, so that other processes on the machine do not count. The streams take turns and the result is the median
+over rounds of the ratio of neighbours. Error: what 8 bits take from the embedded model's own keys and values, and from
+its latents, chunk by chunk, same noise.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import copy
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,7 +54,10 @@ def times(model: CausalWanDiT, linears: str, rounds: int) -> list[dict[str, Any]
         order = list(streams)[number % len(streams) :] + list(streams)[: number % len(streams)]
         for name in order:
             seconds[name].append(chunk_seconds(streams[name]))
-        print(f"{linears} round {number}: " + ", ".join(f"{name} {t[-1]:.2f} s" for name, t in seconds.items()))
+        print(
+            f"{linears} round {number}: " + ", ".join(f"{name} {t[-1]:.2f} s" for name, t in seconds.items()),
+            flush=True,
+        )
     plain = streams["auto"].stream.cache
     return [
         {
@@ -101,13 +106,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--frames", type=int, default=24)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     quant.tune_allocator()
     wrong = errors(arguments.pairs, arguments.frames)
-    model = random_model(GEOMETRIES["mid"], torch.bfloat16)
+    model = random_model(replace(GEOMETRIES["mid"], layers=arguments.layers), torch.bfloat16)
     eight = copy.deepcopy(model)
     quant.quantise_(eight, quant.resolve("w8a8", "cpu")[0])
     rows = [*times(model, "bf16", arguments.rounds), *times(eight, "w8a8", arguments.rounds)]
