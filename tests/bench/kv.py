@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print and write the rows; 1 where 8 bits cost more time than `LIMIT`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--frames", type=int, default=24)
