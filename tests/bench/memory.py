@@ -1,7 +1,8 @@
-"""`python -m tests.bench.memory`: a long stream of the demo model must not grow after its transition.
+"""`python -m tests.bench.memory [--chunks 2000]`: a long stream of the demo model grows neither in bytes nor in time.
 
 Resident memory and the cache's bytes are read every ten chunks; growth is counted from the first reading after the
-transition at which everything that is built once has been built.
+transition at which everything that is built once has been built. The cost of a chunk is the median of its CPU time over
+the first and over the last quarter of what follows.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +49,30 @@ def reading(stream: Stream, chunk: int) -> dict[str, Any]:
     }
 
 
-def measure(chunks: int, every: int) -> list[dict[str, Any]]:
-    """Readings of one stream with random weights: what is held does not depend on them."""
-    model = random_model(GEOMETRIES["demo"])
+def measure(chunks: int, every: int, passes: int) -> tuple[list[dict[str, Any]], list[float]]:
+    """Readings of one stream with random weights, on which what is held does not depend, and every chunk's CPU ms."""
+    demo = GEOMETRIES["demo"]
+    model = random_model(replace(demo, steps=demo.steps[:passes]))
     spec = model.spec
     text = torch.randn(1, spec.text_len, spec.text_dim)
     stream = open_stream(model, text, StreamOptions(frames=chunks * spec.chunk_frames))
-    rows = []
+    rows, spent, clock = [], [], time.process_time()
     for chunk in stream:
         done = chunk.index + 1
+        spent.append(1e3 * (time.process_time() - clock))
         if done % every == 0 or done == 1:
             rows.append(reading(stream, done))
             print("chunk {chunk:4d} {state:>9}: RSS {rss:,} KV {kv_persistent:,} + {kv_scratch:,}".format(**rows[-1]))
-    return rows
+        clock = time.process_time()
+    return rows, spent
+
+
+def cost(spent: list[float]) -> dict[str, float]:
+    """Median ms of a chunk in the first and the last quarter after the transition, and their ratio."""
+    settled = spent[SETTLED:]
+    quarter = max(1, len(settled) // 4)
+    early, late = statistics.median(settled[:quarter]), statistics.median(settled[-quarter:])
+    return {"early_ms": early, "late_ms": late, "late_over_early": late / early}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,10 +80,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     parser.add_argument("--chunks", type=int, default=CHUNKS)
+    parser.add_argument("--passes", type=int, default=4, help="denoising passes of a chunk; fewer for long streams")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = measure(arguments.chunks, EVERY)
+    rows, spent = measure(arguments.chunks, EVERY, arguments.passes)
     settled = [row for row in rows if row["chunk"] >= SETTLED]
     growth = {name: settled[-1][name] - settled[0][name] for name in ("rss", "kv_persistent", "kv_scratch", "deltas")}
     flat = growth.pop("rss") <= LIMIT and not any(growth.values())
@@ -78,6 +94,9 @@ def main(argv: list[str] | None = None) -> int:
         "env": environment(torch.device("cpu")),
         "rss_growth": settled[-1]["rss"] - settled[0]["rss"],
         "flat": flat,
+        "chunks": arguments.chunks,
+        "passes": arguments.passes,
+        "chunk_cost": cost(spent),
         "readings": rows,
     }
     if arguments.json:
