@@ -176,6 +176,7 @@ def run(
     stats: StatsOpt = None,
 ) -> None:
     """Stream a video from a bundle: warm up, absorb, go on with less memory."""
+    from export.initial import with_still
     from export.scenes import read_scene
     from ispa_deploy.run import Outputs
 
@@ -187,10 +188,14 @@ def run(
         raise InputError(f"--audio '{files.audio}' without a video: name one with --out VIDEO.mp4, or leave it out")
     sheet = files.out.with_suffix(".png") if files.sheet is None and files.out is not None else files.sheet
     outputs = Outputs(files.out, sheet, files.latents, opened.pixel_scale, prompts.prompt, files.audio)
+    image = None if opened.spec.audio_blocks else scene.image
+    if image is not None:
+        options = with_still(options)
     given = read_scene(
-        opened, options.frames, image=scene.image, audio=files.audio, audio_encoder=scene.audio_encoder
-    )
-    document = _run(opened, prompts, given, options, outputs, files, machine)
+        opened, options.frames, image=None if image else scene.image, audio=files.audio,
+        audio_encoder=scene.audio_encoder,
+    )  # fmt: skip
+    document = _run(opened, prompts, given, options, outputs, files, machine, image)
     emit(document, json_only, stats, lambda: print_run(document))
     if not document["complete"]:
         raise typer.Exit(INTERRUPTED)
@@ -447,10 +452,10 @@ def _accompanied(bundle: Bundle, networks: NetworkFlags, offload: bool) -> Bundl
 
 def _run(
     bundle: Bundle, prompts: PromptFlags, scene: Scene | None, options: StreamOptions, outputs: Outputs,
-    files: FileFlags, machine: MachineFlags,
+    files: FileFlags, machine: MachineFlags, image: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     from export.deltas import load_deltas, save_deltas_of
-    from export.initial import read_initial
+    from export.initial import read_start
     from ispa_deploy.compiled import compile_
     from ispa_deploy.media.output import output_path
     from ispa_deploy.prompts import LivePrompts, cues, plan_prompts, read_prompts
@@ -467,7 +472,7 @@ def _run(
         later += read_prompts(prompts.prompts, options.frames)
     first, later = plan_prompts(prompts.prompt, later)
     stored = load_deltas(files.deltas, base_sha256=bundle.base_sha256, spec=bundle.spec) if files.deltas else None
-    initial = read_initial(prompts.initial, bundle, options) if prompts.initial else None
+    initial = read_start(prompts.initial, image, bundle, options)
     stream = bundle.stream(first, options, deltas=stored, switches=later, initial=initial, scene=scene)
     planned = cues(first, later, stream.chunks)
     if save_deltas is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from export.bundle import Bundle
 from export.tensors import check_finite, listing, reading
 from ispa_deploy.adapt import adapted
 from ispa_deploy.errors import InputError
+from ispa_deploy.media.image import read_image
 from ispa_deploy.media.video import read_video
 from ispa_deploy.options import StreamOptions
 from ispa_deploy.specs import ModelSpec
@@ -31,6 +33,33 @@ def read_initial(path: Path, bundle: Bundle, options: StreamOptions) -> Tensor:
     if not frames:
         raise InputError(f"'{path}' is {latents.shape[1]} latent frames: expected at least {spec.chunk_frames}")
     return latents[:, :frames].to(bundle.model.device)
+
+
+def read_start(initial: Path | None, image: Path | None, bundle: Bundle, options: StreamOptions) -> Tensor | None:
+    """What `--initial` or `--image` names; None where neither is given."""
+    if image is not None and initial is not None:
+        raise InputError("--image and --initial both say how the stream begins: leave one out")
+    if image is not None:
+        return read_still(image, bundle, options)
+    return None if initial is None else read_initial(initial, bundle, options)
+
+
+def with_still(options: StreamOptions) -> StreamOptions:
+    """Options of a stream that begins with a still image: a chunk of one frame, then chunks of the model's length.
+
+    The warm-up is that of the preset, counted from behind that frame.
+    """
+    warmup = options.settings().warmup + 1 if options.warmup is None else options.warmup
+    return replace(options, first_chunk=1, warmup=warmup)
+
+
+def read_still(path: Path, bundle: Bundle, options: StreamOptions) -> Tensor:
+    """An image as the stream's first latent frame: (1, 1, C, H, W) float32 on the model's device."""
+    spec = adapted(bundle.spec, options)
+    if bundle.vae is None:
+        raise InputError(f"--image '{path}': expected --vae PATH with it, to encode the image")
+    pixels = read_image(path, spec.latent_height * spec.spatial_stride, spec.latent_width * spec.spatial_stride)
+    return bundle.vae.encode(pixels[None, None]).to(bundle.model.device)
 
 
 def read_latents(path: Path, spec: ModelSpec) -> Tensor:

@@ -30,6 +30,10 @@ def adapted(spec: ModelSpec, options: StreamOptions) -> ModelSpec:
         changes["interpolate"] = _interpolate(options.interpolate)
     if options.steps is not None or options.strength is not None:
         changes["steps"] = _steps(spec, options)
+    if options.first_chunk is not None:
+        if spec.reencodes:
+            raise InputError(f"a still image with model '{spec.name}': expected --initial VIDEO, or another model")
+        changes["first_chunk_frames"] = options.first_chunk
     if options.first_frame not in FIRST_FRAMES:
         raise known_names("first frame", options.first_frame, FIRST_FRAMES)
     return replace(spec, **changes)

@@ -70,6 +70,7 @@ class StreamOptions:
     recent_frames: int = 0
     window: int | None = None
     sink: int | None = None
+    first_chunk: int | None = None
     sink_dtype: str = "float32"
     roll: bool = False
     infinity: bool = False

@@ -162,7 +162,9 @@ class StreamFlags:
 class SceneFlags:
     """What a speech-to-video model is shown and told; the sound is `--audio`."""
 
-    image: Annotated[Path | None, typer.Option(help="Speech to video: the picture to bring to life.")] = None
+    image: Annotated[
+        Path | None, typer.Option(help="First frame (with --vae); speech to video: whom to bring to life.")
+    ] = None
     audio_encoder: Annotated[
         Path | None, typer.Option(help="Speech to video: wav2vec2's HF folder, or the base model's folder.")
     ] = None

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from export.bundle import open_bundle
+from export.companions import open_vae
 from ispa_deploy.media.video import read_video
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.specs import SPECS, ModelSpec
@@ -174,3 +175,19 @@ def test_a_family_that_is_not_the_container_s_is_taken_at_its_word(family: Famil
     done = command("quantize", family.source, "--model", other, "-o", tmp_path / "b", "--json", "--scheme", "none")
     assert done.code == 0, done.err
     assert open_bundle(tmp_path / "b").spec.name == other
+
+
+def test_an_image_is_the_first_frame(family: Family, tmp_path: Path) -> None:
+    """A chunk of one frame, as upstream's independent first frame; the VAE's own encoding of the picture."""
+    from PIL import Image
+
+    Image.new("RGB", (64, 48), (200, 40, 40)).save(tmp_path / "i.png")
+    done = family.run("--image", tmp_path / "i.png", "--latents", tmp_path / "l.safetensors", frames=19)
+    document = done.document
+    assert (document["chunks"], document["options"]["warmup"], document["absorption"]["state"]) == (7, 13, "absorbed")
+    latents = load_file(tmp_path / "l.safetensors")["latents"]
+    vae = open_vae(family.base, family.spec, torch.device("cpu"))
+    colour = torch.tensor([200, 40, 40])[:, None, None].expand(3, 32, 32) / 255
+    torch.testing.assert_close(latents[:, :1], vae.encode(colour[None, None]), atol=2e-2, rtol=1e-2)
+    refused(family.run("--image", tmp_path / "i.png", frames=21), "21 frames", "1 plus a multiple of 3")
+    refused(family.run("--image", tmp_path / "none.png", frames=19), "none.png")
