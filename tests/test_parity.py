@@ -155,3 +155,15 @@ def test_a_prompt_for_each_sample_is_taken_in_order(tmp_path: Path) -> None:
     rows = Fixture.load(path).text_rows("prompt0")
     assert torch.equal(rows[0], tensors["input/prompt0"])
     assert torch.equal(rows[1], tensors["input/prompt1"])
+
+
+@pytest.mark.parametrize(
+    "change", [{"timestep_shift": 3.0}, {"kv_cache_num_frames": 6}, {"x0_scheduler_shift": 8.0}], ids=str
+)
+def test_kreas_wrong_rules_are_noticed(change: dict[str, float], tmp_path: Path) -> None:
+    fields = json.loads((DATA / "krea_tiny.json").read_text())
+    for scenario in fields["scenarios"]:
+        scenario.update(change)
+    (tmp_path / "run.json").write_text(json.dumps(fields))
+    (tmp_path / "run.safetensors").write_bytes((DATA / "krea_tiny.safetensors").read_bytes())
+    assert main([str(tmp_path / "run.safetensors")]) == 1
