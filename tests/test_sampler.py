@@ -14,7 +14,8 @@ from ispa_deploy.specs import SPECS
 from tests.parity import Fixture
 
 DATA = Path(__file__).parent / "data"
-RECORDED = sorted(DATA.glob("*.safetensors"))
+# Fixtures of several scenarios hold each one's timesteps instead, which their replay compares.
+RECORDED = sorted(path for path in DATA.glob("*.safetensors") if path.stem not in ("krea_tiny", "liveavatar_tiny"))
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
