@@ -7,7 +7,7 @@ gives two sets of rates, for floating-point and for 8-bit linear layers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import Any
 
@@ -123,13 +123,11 @@ def spec_of(report: Report) -> ModelSpec:
     model, geometry = report["model"], report["model"]["geometry"]
     channels, height, width = geometry["latent"]
     whole = geometry["frame_tokens"] == height * width
-    base = SPECS.get(model["name"])
-    return ModelSpec(
-        name=model["name"], dim=geometry["dim"], ffn_dim=geometry["ffn_dim"], heads=geometry["heads"],
-        layers=geometry["layers"], text_len=geometry["text_len"], latent_channels=channels, latent_height=height,
-        latent_width=width, patch=(1, 1, 1) if whole else (1, 2, 2), chunk_frames=model["chunk_frames"],
-        window_frames=model["window"], sink_frames=base.sink_frames if base else 1,
-        rope=base.rope if base else "absolute", text_dim=base.text_dim if base else 4096,
+    base = SPECS.get(model["name"]) or ModelSpec(name=model["name"], dim=2, ffn_dim=1, heads=1, layers=1, sink_frames=1)
+    return replace(
+        base, dim=geometry["dim"], ffn_dim=geometry["ffn_dim"], heads=geometry["heads"], layers=geometry["layers"],
+        text_len=geometry["text_len"], latent_channels=channels, latent_height=height, latent_width=width,
+        patch=(1, 1, 1) if whole else (1, 2, 2), chunk_frames=model["chunk_frames"], window_frames=model["window"],
         steps=tuple(range(1, model["passes"])),
     )  # fmt: skip
 
