@@ -9,6 +9,7 @@ threads (a PyTorch on another runtime leaves its symbols open, and loading fails
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -49,7 +50,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         _check_machine()
         return ctypes.CDLL(str(_compiled())), None
-    except (_Refused, OSError) as error:
+    except (_Refused, OSError, RuntimeError, subprocess.SubprocessError) as error:
         return None, str(error)
 
 
@@ -81,10 +82,12 @@ def _cache_folder() -> Path:
     folder = (Path(root) if root else Path.home() / ".cache") / "ispa-deploy"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        ours = folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK)
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="ispa-deploy-"))
-    if folder.stat().st_uid != os.getuid() or not os.access(folder, os.W_OK):
-        return Path(tempfile.mkdtemp(prefix="ispa-deploy-"))
+        ours = False
+    if not ours:
+        folder = Path(tempfile.mkdtemp(prefix="ispa-deploy-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 

@@ -20,23 +20,24 @@ from ispa_deploy.profile.environment import environment, slug
 from tests.bench.readme import END, RESULTS, START, table
 
 SUITES: dict[str, tuple[str, ...]] = {
-    "cpu": ("demo", "mid", "ladder", "int8_linear", "merge", "memory"),
+    "cpu": ("demo", "mid", "ladder", "attention", "int8_linear", "merge", "memory"),
     "storage": ("kv", "deltas"),
     "gpu": ("longlive-1.3b", "krea-14b", "attention"),
 }
-_ALONE = ("ladder", "int8_linear", "merge", "memory", "kv", "deltas", "attention")
-"""Parts with a module of their own; the others are geometries for `tests.bench.chunk`."""
+_ALONE = ("int8_linear", "merge", "memory", "kv", "deltas", "attention")
+"""Parts with a module of their own; the others are geometries for `tests.bench.chunk`, and the ladder."""
 
 
 def command(part: str, output: Path, arguments: argparse.Namespace) -> list[str]:
     """The command line of one part."""
     python = [sys.executable, "-m"]
+    device = ["--device", "cuda" if arguments.suite == "gpu" else "cpu"]
     if part in _ALONE:
-        return [*python, f"tests.bench.{part}", "--json", str(output)]
+        return [*python, f"tests.bench.{part}", "--json", str(output), *(device if part == "attention" else [])]
     rounds = ["--rounds", str(arguments.rounds)] if arguments.rounds else []
     shared = ["--shared"] if arguments.shared else []
-    device = ["--device", "cuda" if arguments.suite == "gpu" else "cpu"]
-    return [*python, "tests.bench.chunk", part, "--json", str(output), *device, *rounds, *shared]
+    module = ["tests.bench.ladder"] if part == "ladder" else ["tests.bench.chunk", part]
+    return [*python, *module, "--json", str(output), *device, *rounds, *shared]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,13 +1,18 @@
-"""`python -m tests.bench.attention`: the attention backends at the 1.3B model's sizes, every one that runs on this GPU.
+"""`python -m tests.bench.attention [--device cpu|cuda]`: every attention backend that runs here, in bfloat16.
 
 The table behind the order of preference in `ispa_deploy.attention`: one F-layer call (the whole window), one L-layer
-call (sink + current), and cross-attention, timed by events; medians over interleaved rounds.
+call (sink + current), and cross-attention. On CUDA at the 1.3B model's sizes, timed by events; on a CPU at the size of
+the geometry `mid`, with one thread and the CPU time of the process, so that other processes do not count. Medians over
+rounds in which the backends take turns. The errors are against float64, on a slice.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,47 +23,89 @@ from ispa_deploy.attention import attend, backends, choose, works
 from ispa_deploy.profile.environment import environment
 from ispa_deploy.profile.files import write_json
 
-TOKENS, HEADS, WIDTH = 1560, 12, 128
-CASES = {"window 12": (3 * TOKENS, 12 * TOKENS), "local": (3 * TOKENS, 4 * TOKENS), "cross": (3 * TOKENS, 512)}
+SLICE = 64  # queries whose error is taken
 
 
-def measure(case: str, names: list[str], device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """One row per backend: milliseconds and TFLOP/s."""
-    queries, keys = CASES[case]
-    q, k, v = (torch.randn(1, n, HEADS, WIDTH, device=device, dtype=torch.bfloat16) for n in (queries, keys, keys))
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens of a frame, heads and their width."""
+
+    tokens: int
+    heads: int
+    width: int
+
+    def cases(self) -> dict[str, tuple[int, int]]:
+        """Queries and keys."""
+        chunk = 3 * self.tokens
+        return {"window 12": (chunk, 12 * self.tokens), "local": (chunk, 4 * self.tokens), "cross": (chunk, 512)}
+
+
+SIZES = {"cuda": Sizes(1560, 12, 128), "cpu": Sizes(390, 12, 64)}
+
+
+def milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of one call: by events on CUDA, CPU time of the process otherwise."""
+    if device.type == "cpu":
+        begun = time.process_time()
+        run()
+        return 1e3 * (time.process_time() - begun)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+def measure(case: str, sizes: Sizes, names: list[str], device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """One row per backend: milliseconds, TFLOP/s and errors."""
+    queries, keys = sizes.cases()[case]
+    shapes = ((1, n, sizes.heads, sizes.width) for n in (queries, keys, keys))
+    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
+    exact = attend(q[:, :SLICE].double(), k.double(), v.double(), backend="reference")
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 2):
         for name in names:
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            attend(q, k, v, backend=name)
-            stop.record()
-            stop.synchronize()
+            ms = milliseconds(lambda name=name: attend(q, k, v, backend=name), device)
             if number >= 2:
-                times[name].append(start.elapsed_time(stop))
-    work = 4 * queries * keys * HEADS * WIDTH
-    return [
-        {"case": case, "backend": name, "ms": median(ms), "tflops": work / median(ms) / 1e9}
-        for name, ms in times.items()
-    ]
+                times[name].append(ms)
+    work = 4 * queries * keys * sizes.heads * sizes.width
+    rows = []
+    for name, ms in times.items():
+        got = attend(q, k, v, backend=name)
+        error = float((got.out[:, :SLICE].double() - exact.out).norm() / exact.out.norm())
+        lse = float((got.lse[:, :SLICE].double() - exact.lse).abs().max())
+        row = {"ms": median(ms), "tflops": work / median(ms) / 1e9, "relative_error": error, "lse_error": lse}
+        rows.append({"case": case, "backend": name, **row, "chosen": name == _chosen(sizes, device, queries, keys)})
+    return rows
+
+
+def _chosen(sizes: Sizes, device: torch.device, queries: int, keys: int) -> str:
+    return choose(device, torch.bfloat16, sizes.width, queries, keys)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args(argv)
-    device = torch.device("cuda")
-    names = [name for name in backends() if name != "reference" and works(name, device, torch.bfloat16, WIDTH)]
+    device, sizes = torch.device(arguments.device), SIZES[arguments.device]
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)
+    names = [name for name in backends() if name != "reference" and works(name, device, torch.bfloat16, sizes.width)]
     with torch.inference_mode():
-        rows = [row for case in CASES for row in measure(case, names, device, arguments.rounds)]
+        rows = [row for case in sizes.cases() for row in measure(case, sizes, names, device, arguments.rounds)]
     for row in rows:
-        print(f"{row['case']:>10} {row['backend']:>15}: {row['ms']:8.3f} ms {row['tflops']:7.1f} TFLOP/s")
+        print(
+            f"{row['case']:>10} {row['backend']:>15}: {row['ms']:8.3f} ms {row['tflops']:7.2f} TFLOP/s, error "
+            f"{row['relative_error']:.1e}, lse {row['lse_error']:.0e}{'  chosen' if row['chosen'] else ''}"
+        )
     document = {
-        "schema_version": 1,
-        "command": "python -m tests.bench.attention",
+        "schema_version": 2,
+        "command": f"python -m tests.bench.attention --device {arguments.device}",
         "env": environment(device),
-        "chosen": choose(device, torch.bfloat16, WIDTH),
+        "sizes": {"tokens": sizes.tokens, "heads": sizes.heads, "width": sizes.width},
         "rows": rows,
     }
     if arguments.json:
