@@ -192,9 +192,8 @@ def run(
     if image is not None:
         options = with_still(options)
     given = read_scene(
-        opened, options.frames, image=None if image else scene.image, audio=files.audio,
-        audio_encoder=scene.audio_encoder,
-    )  # fmt: skip
+        opened, options, image=None if image else scene.image, audio=files.audio, audio_encoder=scene.audio_encoder
+    )
     document = _run(opened, prompts, given, options, outputs, files, machine, image)
     emit(document, json_only, stats, lambda: print_run(document))
     if not document["complete"]:

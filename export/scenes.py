@@ -8,31 +8,34 @@ import torch
 from torch import Tensor
 
 from export.bundle import Bundle
+from ispa_deploy.adapt import adapted
 from ispa_deploy.avatar.audio import LEAD_FRAMES, LEAD_STEPS
 from ispa_deploy.avatar.stream import Scene
 from ispa_deploy.errors import InputError
 from ispa_deploy.media.audio import open_wav2vec2, read_audio
 from ispa_deploy.media.image import read_image
 from ispa_deploy.media.vae import STRIDE, WanVae
+from ispa_deploy.options import StreamOptions
+from ispa_deploy.specs import ModelSpec
 
 WAV2VEC2 = "wav2vec2-large-xlsr-53-english"
 """Its folder in the base model's."""
 
 
 def read_scene(
-    bundle: Bundle, frames: int, *, image: Path | None, audio: Path | None, audio_encoder: Path | None
+    bundle: Bundle, options: StreamOptions, *, image: Path | None, audio: Path | None, audio_encoder: Path | None
 ) -> Scene | None:
-    """The scene for `frames` latent frames of a bundle; None for a model that hears nothing.
+    """The scene for a stream of a bundle, in the stream's own size; None for a model that hears nothing.
 
     Random weights get random sound and a random image where none are named. InputError naming what is missing.
     """
-    spec = bundle.spec
+    spec, frames = adapted(bundle.spec, options), options.frames
     if not spec.audio_blocks:
         if image is not None or audio_encoder is not None:
             raise InputError(f"--image and --audio-encoder with '{spec.name}': expected a speech-to-video model")
         return None
     if image is None and audio is None and bundle.manifest.source.kind == "random":
-        return stand_in_scene(bundle, frames)
+        return stand_in_scene(spec, frames)
     missing = {"--image": image, "--audio": audio, "--audio-encoder": audio_encoder, "--vae": bundle.vae}
     lacking = ", ".join(flag for flag, given in missing.items() if given is None)
     if image is None or audio is None or audio_encoder is None or bundle.vae is None:
@@ -67,9 +70,9 @@ def followed(vae: WanVae | None, pixels: Tensor, latents: Tensor) -> Tensor:
     return vae.encode(torch.cat([still_frames, shown])[-LEAD_STEPS:][None])
 
 
-def stand_in_scene(bundle: Bundle, frames: int) -> Scene:
+def stand_in_scene(spec: ModelSpec, frames: int) -> Scene:
     """Noise to hear and to look at, for random weights: good for measuring speed, meaningless otherwise."""
-    spec, generator = bundle.spec, torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     steps = frames * spec.temporal_stride
     states = torch.randn(1, spec.audio_states, spec.audio_dim, steps, generator=generator)
     shown = torch.randn(1, 1, *spec.latent_shape, generator=generator)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 
+from ispa_deploy.avatar.sizes import audio_linears, audio_parameters, condition_length
 from ispa_deploy.policies import POLICIES, Policy
 from ispa_deploy.specs import ModelSpec
 
@@ -32,6 +33,7 @@ class Setup:
     `scheme` other than `none`: one byte for each weight of the linears in `quantised` (None: all of the blocks').
     `scored`: layers are ranked by their error, which takes statistics even where nothing is absorbed; `heldout`: in two
     halves. `vae`: the Wan VAE decodes on the device. `offload`: it rests on the CPU while it has nothing to do.
+    `per_step`: a correction, and its statistics, for each denoising step.
     """
 
     dtype: str = "bfloat16"
@@ -55,6 +57,7 @@ class Setup:
     kv_dtype: str = "auto"
     vae: bool = False
     offload: bool = False
+    per_step: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,19 +114,20 @@ def predict(spec: ModelSpec, setup: Setup | None = None) -> Budget:
         spec = replace(spec, window_frames=setup.window)
     local = _local_layers(spec, setup, policy)
     kept = policy.sink + setup.recent_frames
-    frame = kv_frame_bytes(spec, setup)
+    layer_full, layer_local = _layer_bytes(spec, setup, policy)
+    steps = len(spec.steps) if setup.per_step else 1
     statistics, host = _statistics(spec, setup, policy, local)
     return Budget(
         weights=weight_bytes(spec, setup),
         text_kv=2 * setup.batch * spec.text_len * spec.dim * spec.layers * ITEM_BYTES[setup.dtype],
-        kv_full=frame * spec.window_frames * spec.layers,
-        kv=frame * (spec.window_frames * (spec.layers - local) + kept * local),
+        kv_full=layer_full * spec.layers,
+        kv=layer_full * (spec.layers - local) + layer_local * local,
         kv_scratch=_scratch(spec, setup, kept if local else None),
         wide_sink_full=_wide_sink(spec, setup) * spec.layers if not local or setup.warmup > spec.window_frames else 0,
         wide_sink=_wide_sink(spec, setup) * (spec.layers - local),
-        statistics=statistics,
-        host_statistics=host,
-        deltas=_deltas(spec, setup) * local if policy.absorbs else 0,
+        statistics=statistics * steps,
+        host_statistics=host * steps,
+        deltas=_deltas(spec, setup) * local * steps if policy.absorbs else 0,
         decoder=_decoder(spec, setup),
         activations=_activations(spec, setup),
     )
@@ -142,6 +146,7 @@ def linears(spec: ModelSpec) -> Linears:
         "time_projection.1": (6 * dim, dim),
         **{f"blocks.{i}.{name}": shape for i in range(spec.layers) for name, shape in block.items()},
         "head.head": (_patch(spec), dim),
+        **audio_linears(spec),
     }
 
 
@@ -150,7 +155,7 @@ def parameters(spec: ModelSpec) -> int:
     products = sum(outputs * (inputs + 1) for outputs, inputs in linears(spec).values())
     patch_embedding = spec.dim * (_patch(spec) + 1)
     modulation_and_norms = spec.dim * (spec.layers * (6 + 4 + 2) + 2)
-    return products + patch_embedding + modulation_and_norms
+    return products + patch_embedding + modulation_and_norms + audio_parameters(spec)
 
 
 def weight_bytes(spec: ModelSpec, setup: Setup) -> int:
@@ -167,6 +172,17 @@ def kv_frame_bytes(spec: ModelSpec, setup: Setup) -> int:
     if setup.kv_dtype == "auto":
         return numbers * ITEM_BYTES[setup.dtype]
     return numbers + 2 * numbers // spec.head_dim
+
+
+def _layer_bytes(spec: ModelSpec, setup: Setup, policy: Policy) -> tuple[int, int]:
+    """Persistent keys and values of an F-layer and of an L-layer. A model that hears has its condition for a sink, and
+    the frames of each denoising step."""
+    frame = kv_frame_bytes(spec, setup)
+    if not spec.audio_blocks:
+        return frame * spec.window_frames, frame * (policy.sink + setup.recent_frames)
+    rings = frame * len(spec.steps)
+    sink = frame * condition_length(spec, spec.grid) // spec.frame_tokens
+    return rings * spec.window_frames + sink, rings * setup.recent_frames + sink * policy.sink
 
 
 def _patch(spec: ModelSpec) -> int:
@@ -193,6 +209,9 @@ def _local_layers(spec: ModelSpec, setup: Setup, policy: Policy) -> int:
 def _scratch(spec: ModelSpec, setup: Setup, kept: int | None) -> int:
     """Shared by all layers and in the dtype: a window rotated or decoded, an L-layer's frames beside the chunk's."""
     one = setup.batch * spec.frame_tokens * spec.dim * ITEM_BYTES[setup.dtype]
+    if spec.audio_blocks and kept is not None:
+        sink = POLICIES[setup.policy].sink * condition_length(spec, spec.grid) * one // spec.frame_tokens
+        return 2 * (sink + one * (setup.recent_frames + spec.chunk_frames))
     decoded = 0 if setup.kv_dtype == "auto" else spec.window_frames
     rotated = spec.window_frames if spec.rotates_on_read else 0
     local = 0 if kept is None else kept + max(spec.chunk_frames, spec.first_chunk_frames)

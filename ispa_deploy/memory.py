@@ -64,6 +64,7 @@ def setup_of(stream: Stream) -> Setup:
         kv_dtype=cache.kv_dtype,
         vae=isinstance(getattr(stream.decoder, "nbytes", None), int),
         offload=bool(getattr(stream.decoder, "rests", False)),
+        per_step=not absorber.storable,
     )
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ispa_deploy.avatar.cache import AvatarCache
-from ispa_deploy.avatar.condition import condition_length, drawn_distance, reference_position
+from ispa_deploy.avatar.condition import drawn_distance, reference_position
 from ispa_deploy.avatar.model import CausalS2V
+from ispa_deploy.avatar.sizes import condition_length
 from ispa_deploy.avatar.stream import Scene
 from ispa_deploy.errors import InputError
+from ispa_deploy.memory import held_bytes, predicted
 from ispa_deploy.networks import network_of
 from ispa_deploy.options import StreamOptions, open_stream
 from ispa_deploy.sampler import Sampler
@@ -299,6 +301,37 @@ def test_corrections_are_the_ridge_regression_on_the_rows_of_all_steps_or_of_one
             want, _ = ridge(local, (full - local) @ weight.T, 1.0)
             delta = stream.absorber.steps[layer][step] if per_step else stream.absorber.deltas[layer]
             torch.testing.assert_close(delta.weight.double(), want.T, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"per_step": True, "delta": "side"},
+        {"policy": "full"},
+        {"policy": "no-sink", "ratio": 1.0, "recent_frames": 3},
+    ],
+)
+def test_predicted_bytes_are_those_held(options: dict[str, Any]) -> None:
+    stream = _stream(avatar_model(), **options)
+    foreseen, chunks = predicted(stream), iter(stream)
+    next(chunks)
+    before = held_bytes(stream)
+    for chunk in chunks:
+        if chunk.index == 4:
+            break
+    after = held_bytes(stream)
+    expected = {"weights": foreseen.weights, "text_kv": foreseen.text_kv, "wide_sink": 0}
+    warm = {**expected, "kv": foreseen.kv_full, "kv_scratch": 0, "statistics": foreseen.statistics, "deltas": 0}
+    local = {
+        **expected,
+        "kv": foreseen.kv,
+        "kv_scratch": foreseen.kv_scratch,
+        "statistics": 0,
+        "deltas": foreseen.deltas,
+    }
+    for seen, wanted in ((before, warm), (after, local)):
+        assert seen == {name: pytest.approx(count, rel=0.05) for name, count in wanted.items()}
 
 
 def test_each_step_runs_under_its_own_correction() -> None:

@@ -242,6 +242,20 @@ def test_options_that_do_not_fit_are_refused(
     assert "\n" not in str(done.exception)
 
 
+def test_another_resolution_and_what_is_foreseen_of_it(bundle: Path, given: tuple[object, ...], tmp_path: Path) -> None:
+    size = ("--height", 96, "--width", 80, "--frames", 6, "--policy", "full")
+    done = document("run", bundle, *given, *size, "--latents", tmp_path / "l.safetensors")
+    assert load_file(tmp_path / "l.safetensors")["latents"].shape == (1, 6, 16, 12, 10)
+    condition = 30 + 30 + 3 * 2 + 4 * 1  # tokens: reference, then motion at three scales
+    assert done["kv"]["full_bytes"] == 4 * (12 * 4 * 30 + condition) * 64 * 4 * 2
+
+
+def test_profile_says_that_it_cannot(bundle: Path) -> None:
+    done = invoke("profile", bundle)
+    assert isinstance(done.exception, InputError)
+    assert "text to video" in str(done.exception)
+
+
 # -- pictures
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ispa_deploy.attention import Attended, attend, merge
-from ispa_deploy.avatar.condition import REFERENCE, ConditionRope, condition_length, reference_position
+from ispa_deploy.avatar.condition import REFERENCE, ConditionRope, reference_position
+from ispa_deploy.avatar.sizes import condition_length
 from ispa_deploy.cache import KVCache
 from ispa_deploy.errors import InputError
 from ispa_deploy.kvstore import Layout

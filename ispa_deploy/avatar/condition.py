@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ispa_deploy.avatar.model import PACKINGS
+from ispa_deploy.avatar.sizes import packed
 from ispa_deploy.rope import Rope
 from ispa_deploy.specs import ModelSpec
 
@@ -38,32 +38,12 @@ def reference_position(start: int, distance: int) -> int:
     return REFERENCE + max(0, start - (REFERENCE - distance))
 
 
-def _packed(spec: ModelSpec, grid: tuple[int, int]) -> list[tuple[list[int], int, int]]:
-    """Of each packing of the motion frames: time positions, rows and columns of its tokens."""
-    parts, end = [], 0
-    for _, kernel, frames in PACKINGS:
-        down, across = (kernel[axis] // spec.patch[axis] for axis in (1, 2))
-        rows, columns = grid[0] // down, grid[1] // across
-        count = frames // kernel[0]
-        first, last = end - frames, end - 1
-        positions = [first] if count == 1 else [first + index * (last - first) // (count - 1) for index in range(count)]
-        parts.append((positions, rows, columns))
-        end = first
-    return parts
-
-
-def condition_length(spec: ModelSpec, grid: tuple[int, int]) -> int:
-    """Tokens of reference and motion together: about 2.5 of a frame's."""
-    packed = sum(len(positions) * rows * columns for positions, rows, columns in _packed(spec, grid))
-    return grid[0] * grid[1] + packed
-
-
 class ConditionRope:
     """Rotations of the condition's tokens, in their order: reference, then motion from the newest scale on."""
 
     def __init__(self, spec: ModelSpec, grid: tuple[int, int], rope: Rope):
         self._rope = rope
-        self._motion = torch.cat([rope.coarse(*part) for part in _packed(spec, grid)])
+        self._motion = torch.cat([rope.coarse(*part) for part in packed(spec, grid)])
 
     def at(self, position: int) -> Tensor:
         """(M, 1, D / 2) complex64 with the reference at a time position."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ispa_deploy.avatar.audio import LEAD_FRAMES, CausalAudioEncoder
+from ispa_deploy.avatar.sizes import PACKINGS
 from ispa_deploy.linear import Linear
 from ispa_deploy.model import Attend, CausalWanDiT, Conditioning, CrossAttention, Memory, TextKV
 from ispa_deploy.regions import region
@@ -24,8 +25,6 @@ from ispa_deploy.specs import ModelSpec
 
 _INJECTION_EPS = 1e-5
 _NOISY, _REFERENCE, _MOTION = range(3)
-# Kernel of each packing of the motion frames, newest first, and how many frames it takes.
-PACKINGS = (("proj", (1, 2, 2), 1), ("proj_2x", (2, 4, 4), 2), ("proj_4x", (4, 8, 8), 16))
 
 
 class Injection(NamedTuple):
