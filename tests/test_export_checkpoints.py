@@ -220,5 +220,5 @@ def test_a_layout_nobody_publishes_asks_for_the_model(
 def test_a_speech_checkpoint_is_not_taken_for_its_t2v_twin(tmp_path: Path, families: dict[str, ModelSpec]) -> None:
     tensors = state(families["krea-14b"]) | {"audio_injector.injector.0.q.weight": torch.zeros(1)}
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="speech-to-video"):
+    with pytest.raises(InputError, match="hears audio"):
         load_source(tmp_path / "a.safetensors")
