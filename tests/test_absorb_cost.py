@@ -14,6 +14,7 @@ from ispa_deploy.absorb.rows import thinned
 from ispa_deploy.absorb.stats import Statistics
 from ispa_deploy.cache import KVCache
 from ispa_deploy.errors import InputError
+from ispa_deploy.native import library, sums
 from ispa_deploy.specs import SPECS
 from tests.tiny import SPEC, latents_of, text_rows, tiny_model, tiny_stream
 
@@ -45,7 +46,7 @@ def _close(got: Statistics, want: Statistics, energy: float) -> None:
 
 @pytest.mark.parametrize("add", ["update", "update_pair", "update_halves"])
 def test_every_way_of_summing_bf16_rows_gives_the_sums(add: str) -> None:
-    """A width at which G is summed in blocks and that no block divides; the last is the way rows go on a GPU."""
+    """A width at which G is summed in blocks, no block divides it and no kernel takes it; the last is a GPU's way."""
     local, full, weight = _rows()
     stats = Statistics(weight)
     for part in (slice(0, 251), slice(251, None)):
@@ -53,6 +54,41 @@ def test_every_way_of_summing_bf16_rows_gives_the_sums(add: str) -> None:
         getattr(stats, add)(local[part], second, weight=1.5)
     _close(stats, _exact(local, full, weight), 1e-5 if add == "update" else 1e-4)
     assert torch.equal(stats.gram, stats.gram.T)
+
+
+@pytest.mark.skipif(library() is None, reason="no AVX512-BF16 or no C compiler here")
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 48), (513, 64), (1100, WIDE + 8), (64, 784)])
+def test_the_kernel_sums_in_float32(rows: int, width: int) -> None:
+    """Widths that its panels divide and do not, odd rows, more than one block of them, rows of a wider tensor."""
+    draw = torch.Generator().manual_seed(rows)
+    a, f = torch.randn(2, rows, width + 16, generator=draw).bfloat16()[..., :width]
+    gram, cross = torch.zeros(2, width, width)
+    assert sums.applies(a, f, gram)
+    for _ in range(2):
+        near, far = sums.add_sums(a, f, gram, cross, 0.5)
+    for got, right in ((gram.triu(), (a.double().T @ a.double()).triu()), (cross, a.double().T @ f.double())):
+        assert (got.double() - right).norm() <= 2e-6 * right.norm()
+    for got, row in ((near, a), (far, f)):
+        torch.testing.assert_close(got.double(), row.double().sum(0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(library() is None, reason="no AVX512-BF16 or no C compiler here")
+def test_the_kernel_may_follow_a_reading_and_other_rows() -> None:
+    """What was read, or summed in float32, stays counted: the kernel keeps H and G together until H is asked for."""
+    local, full, weight = (tensor[..., :512] for tensor in _rows())
+    stats, reference = Statistics(weight), Statistics(weight.double(), dtype=torch.float64)
+    for first in (0, 150, 300, 450):
+        part = slice(first, first + 150)
+        gap = full[part].float() - local[part].float()
+        reference.update(local[part].double(), gap.double(), weight=1.5)
+        if first == 300:
+            stats.update(local[part], gap, weight=1.5)
+        else:
+            stats.update_pair(local[part], full[part], weight=1.5)
+        if first == 150:
+            assert (stats.cross.double() - reference.cross).norm() <= 1e-5 * reference.cross.norm()
+    _close(stats, reference, 1e-4)
+    _close((stats + stats).to(torch.device("cpu")), reference + reference, 1e-4)
 
 
 def test_blocks_survive_fading_adding_and_moving() -> None:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ispa_deploy.native import sums
+
 Weight = Tensor | Callable[[], Tensor]
 """(O, I), or what makes it on every call."""
 
@@ -35,7 +37,7 @@ class Statistics:
         device = sample.device if device is None else torch.device(device)
         width = sample.shape[1]
         self._gram, self._half = torch.zeros(width, width, dtype=dtype, device=device), False
-        self.cross = torch.zeros_like(self._gram)
+        self._cross, self._whole = torch.zeros_like(self._gram), False
         self.local_sum = torch.zeros(width, dtype=dtype, device=device)
         self.gap_sum = torch.zeros_like(self.local_sum)
         self._energy = torch.zeros((), dtype=torch.float64, device=sample.device)
@@ -59,6 +61,18 @@ class Statistics:
         self._gram, self._half = total, False
 
     @property
+    def cross(self) -> Tensor:
+        """H, off which G has been taken where rows of A_full were summed."""
+        if self._whole:
+            self._cross.sub_(self.gram)
+            self._whole = False
+        return self._cross
+
+    @cross.setter
+    def cross(self, total: Tensor) -> None:
+        self._cross, self._whole = total, False
+
+    @property
     def gap_energy(self) -> float:
         """s. It is summed where the rows are: reading it waits for the device, so nothing does before the solve."""
         return float(self._energy)
@@ -80,13 +94,15 @@ class Statistics:
     def update_pair(self, local: Tensor, full: Tensor, *, weight: float = 1.0) -> None:
         """Add rows of A_loc (R, I) and A_full (R, I), each counting `weight` times, in the dtype attention gave them.
 
-        s is a sum of squares: projected in the 16 bits that the rows came in, it is off by 1e-5 of itself. On CUDA such
-        rows are also multiplied as they are, with float32 sums: their products are exact in float32, and
-        H = Σ aᵀ(a + e) - G needs no rounded e. float32 products would take ten times as long there.
+        s is a sum of squares: projected in the 16 bits that the rows came in, it is off by 1e-5 of itself. On CUDA and
+        by the C kernel such rows are also multiplied as they are, with float32 sums: their products are exact in
+        float32, and H = Σ aᵀ(a + e) - G needs no rounded e. float32 products take ten times as long on CUDA.
         """
-        halves = local.dtype in _HALF and self.cross.dtype == torch.float32
+        halves = local.dtype in _HALF and self._cross.dtype == torch.float32
         if halves and local.is_cuda:
             self.update_halves(local, full, weight=weight)
+        elif sums.applies(local, full, self._cross):
+            self._update_natively(local, full, weight)
         else:
             gap = full.float() - local.float()
             self.update(local, gap, weight=weight, energy_dtype=local.dtype if halves else None)
@@ -101,10 +117,19 @@ class Statistics:
         self._count(near, full.sum(0, dtype=torch.float32) - near, len(local), weight)
         self._spend(full - local, weight)
 
+    def _update_natively(self, local: Tensor, full: Tensor, weight: float) -> None:
+        """G is taken off H once, when somebody reads it: the kernel sums only the upper triangle of G."""
+        if not self._whole:
+            self._cross.add_(self.gram)
+        near, far = sums.add_sums(local, full, self._gram, self._cross, weight)
+        self._half = self._whole = True
+        self._count(near, far - near, len(local), weight)
+        self._spend(full - local, weight)
+
     def _count(self, a: Tensor, e: Tensor, rows: int, weight: float) -> None:
         self._projected = None
-        self.local_sum.add_(a.to(self.cross.device), alpha=weight)
-        self.gap_sum.add_(e.to(self.cross.device), alpha=weight)
+        self.local_sum.add_(a.to(self.local_sum.device), alpha=weight)
+        self.gap_sum.add_(e.to(self.gap_sum.device), alpha=weight)
         self.rows += weight * rows
 
     def _spend(self, gap: Tensor, weight: float) -> None:
@@ -115,7 +140,7 @@ class Statistics:
     def scale(self, factor: float) -> None:
         """Let every row so far count `factor` times what it did: exponential forgetting when called once a chunk."""
         self._projected = None
-        for total in (self._gram, self.cross, self.local_sum, self.gap_sum, self._energy):
+        for total in (self._gram, self._cross, self.local_sum, self.gap_sum, self._energy):
             total.mul_(factor)
         self.rows *= factor
 
@@ -125,7 +150,7 @@ class Statistics:
 
     def to(self, device: torch.device) -> Statistics:
         """The same sums on another device; themselves where they are there already."""
-        if self.cross.device == device:
+        if self._cross.device == device:
             return self
         return self._like(lambda name: getattr(self, name).to(device), self.rows)
 
@@ -138,7 +163,7 @@ class Statistics:
 
     def nbytes(self) -> int:
         """Bytes of the totals; the weight belongs to the layer."""
-        return sum(total.nbytes for total in (self._gram, self.cross, self.local_sum, self.gap_sum))
+        return sum(total.nbytes for total in (self._gram, self._cross, self.local_sum, self.gap_sum))
 
     def residual(self, delta_weight: Tensor, delta_bias: Tensor | None = None) -> float:
         """‖A_loc(W + ΔW) + b − A_full W‖² on these rows (paper eq. 6), for any ΔW (O, I) and bias change b (O,)."""

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = ("attention.c", "elementwise.c")
+_SOURCES = ("attention.c", "elementwise.c", "sums.c")
 _HEADERS = ("vector.h",)
 # No -ffast-math: infinities and NaN are data here. No -lgomp: a second OpenMP runtime would fight PyTorch's threads.
 _FLAGS = (

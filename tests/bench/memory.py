@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     flat = growth.pop("rss") <= LIMIT and not any(growth.values())
     document = {
         "schema_version": 1,
-        "command": "python -m tests.bench.memory",
+        "command": f"python -m tests.bench.memory --chunks {arguments.chunks} --passes {arguments.passes}",
         "env": environment(torch.device("cpu")),
         "rss_growth": settled[-1]["rss"] - settled[0]["rss"],
         "flat": flat,

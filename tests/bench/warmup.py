@@ -77,11 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     quant.tune_allocator()
+    spreads = map(str, arguments.spread)
     found = run(arguments.layers, tuple(arguments.spread))
     within = found["statistics_share"] <= STATISTICS_LIMIT and min(found["slowest_over_full"].values()) <= STALL_LIMIT
     document = {
         "schema_version": 1,
-        "command": "python -m tests.bench.warmup",
+        "command": " ".join(["python -m tests.bench.warmup", f"--layers {arguments.layers} --spread", *spreads]),
         "env": environment(torch.device("cpu")),
         "limits": {"statistics": STATISTICS_LIMIT, "stall": STALL_LIMIT},
         "within": within,
