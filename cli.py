@@ -47,6 +47,7 @@ from ispa_deploy.run_flags import (
     NetworkFlags,
     PromptFlags,
     SceneFlags,
+    Sections,
     SeedOpt,
     StatsOpt,
     StreamFlags,
@@ -162,7 +163,7 @@ def quantize(
     emit(document, json_only, stats, lambda: typer.echo(f"bundle: {document['bundle']}"))
 
 
-@app.command()
+@app.command(cls=Sections)
 @grouped
 def run(
     bundle: BundleArg,

@@ -1,18 +1,20 @@
 """The flags of `run`, in groups: a new flag is one field of one group. Does not import torch by itself.
 
-`grouped` turns a command whose parameters are such groups into one that typer reads flag by flag. A field of
-`StreamFlags` is named as the field of `StreamOptions` it sets.
+`grouped` turns a command whose parameters are such groups into one that typer reads flag by flag; `Sections` prints
+each group under its docstring. A field of `StreamFlags` is named as the field of `StreamOptions` it sets.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
+import typer.core
 
 from ispa_deploy.flags import device_of, integers_of, rank_of, ridge_of
 from ispa_deploy.printing import json_path
@@ -39,7 +41,7 @@ FallbackOpt = Annotated[
 
 @dataclass(frozen=True)
 class PromptFlags:
-    """What the video shows, and when that changes."""
+    """What the video shows."""
 
     prompt: Annotated[str, typer.Option(help="What to show.")] = "a fast red ring over teal waves"
     prompt_embeds: Annotated[
@@ -59,7 +61,7 @@ class PromptFlags:
 
 @dataclass(frozen=True)
 class NetworkFlags:
-    """The networks around the DiT."""
+    """Networks around the model."""
 
     text_encoder: Annotated[
         Path | None, typer.Option(help="UMT5-XXL: upstream's .pth, an HF folder, or the base model's folder.")
@@ -75,28 +77,28 @@ class NetworkFlags:
 
 
 @dataclass(frozen=True)
-class StreamFlags:
-    """How the model streams: length, window, absorption. Each field is one of `StreamOptions`."""
+class VideoFlags:
+    """Length and size."""
 
     frames: Annotated[int, typer.Option(min=1, help="Latent frames, a multiple of the chunk.")] = 21
     seed: SeedOpt = 0
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's own.")] = None
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's own.")] = None
+    interpolate: Annotated[
+        int | None, typer.Option(min=0, help="Chunks from one prompt to the next; 0: at once. Krea: 4.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class AbsorptionFlags:
+    """Absorption."""
+
     policy: Annotated[str, typer.Option(help="absorb, full, window, sink-local (no absorb), no-sink.")] = "absorb"
     preset: Annotated[str, typer.Option(help="tuned or paper.")] = "tuned"
     ratio: Annotated[float, typer.Option(help="Share of layers that become local.")] = 0.5
     layers: Annotated[str | None, typer.Option(help="Exactly these layers become local, e.g. 0,3,7.")] = None
     warmup: Annotated[int | None, typer.Option(help="Warm-up in frames (T_warm).")] = None
     recent_frames: Annotated[int, typer.Option(help="Recent frames that local layers also keep.")] = 0
-    window: Annotated[int | None, typer.Option(help="Window in frames, with --policy window.")] = None
-    sink: Annotated[int | None, typer.Option(help="First frames that stay in the window; default: the model's.")] = None
-    sink_dtype: Annotated[
-        str, typer.Option(help="Of an averaging sink: float32, or model (rounded every chunk, as upstream).")
-    ] = "float32"
-    roll: Annotated[
-        bool, typer.Option("--roll", help="Let a window roll that would end the stream when full (Self-Forcing).")
-    ] = False
-    infinity: Annotated[
-        bool, typer.Option("--infinity", help="Rotate keys by their slot in the window: streams without an end.")
-    ] = False
     ridge_absolute: Annotated[float | None, typer.Option(help="λ itself (the paper's 0.001).")] = None
     ridge_relative: Annotated[float | None, typer.Option(help="ρ in λ = ρ · tr(G) / D.")] = None
     ranking: Annotated[str | None, typer.Option(help="epsilon, heldout or random.")] = None
@@ -112,37 +114,64 @@ class StreamFlags:
     spread_solve: Annotated[
         int, typer.Option(min=0, help="Solve over the passes of this many chunks, then switch; 0: at once.")
     ] = 0
-    backend: Annotated[str, typer.Option("--attention", help="Attention backend; auto is the best that runs here.")] = (
-        "auto"
-    )
-    rope_table: Annotated[
-        str, typer.Option(help="Speech to video: exact rotations, or fp16, rounded as upstream does.")
-    ] = "exact"
-    per_step: Annotated[
-        bool, typer.Option("--per-step", help="Speech to video: a correction of its own for each denoising step.")
+
+
+@dataclass(frozen=True)
+class CacheFlags:
+    """Cache and attention."""
+
+    window: Annotated[int | None, typer.Option(help="Window in frames, with --policy window.")] = None
+    sink: Annotated[int | None, typer.Option(help="First frames that stay in the window; default: the model's.")] = None
+    sink_dtype: Annotated[
+        str, typer.Option(help="Of an averaging sink: float32, or model (rounded every chunk, as upstream).")
+    ] = "float32"
+    roll: Annotated[
+        bool, typer.Option("--roll", help="Let a window roll that would end the stream when full (Self-Forcing).")
     ] = False
-    online_reference: Annotated[
-        bool, typer.Option("--online-reference", help="Speech to video: after a clip, refer to the first frame made.")
+    infinity: Annotated[
+        bool, typer.Option("--infinity", help="Rotate keys by their slot in the window: streams without an end.")
     ] = False
     kv_dtype: Annotated[
         str, typer.Option(help="How cached keys and values are held: auto (the model's own dtype), int8 or fp8.")
     ] = "auto"
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's own.")] = None
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's own.")] = None
-    interpolate: Annotated[
-        int | None, typer.Option(min=0, help="Chunks from one prompt to the next; 0: at once. Krea: 4.")
-    ] = None
-    kv_frames: Annotated[int | None, typer.Option(help="Krea: frames of context, 3 to 21 in steps of 3.")] = None
+    backend: Annotated[str, typer.Option("--attention", help="Attention backend; auto is the best that runs here.")] = (
+        "auto"
+    )
+
+
+@dataclass(frozen=True)
+class KreaFlags:
+    """Krea."""
+
+    kv_frames: Annotated[int | None, typer.Option(help="Frames of context, 3 to 21 in steps of 3.")] = None
     kv_bias: Annotated[
-        float, typer.Option(help="Krea: weight of the past between the first frame and the chunk, at most 1 (off).")
+        float, typer.Option(help="Weight of the past between the first frame and the chunk, at most 1 (off).")
     ] = 1.0
-    steps: Annotated[int | None, typer.Option(min=1, help="Krea: denoising passes of a chunk, the last at 0.")] = None
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising passes of a chunk, the last at 0.")] = None
     strength: Annotated[
-        float | None, typer.Option(help="Krea: repaint --initial; 1 forgets it, small numbers stay close.")
+        float | None, typer.Option(help="Repaint --initial; 1 forgets it, small numbers stay close.")
     ] = None
     first_frame: Annotated[
-        str, typer.Option(help="Krea: a sliding context's first frame, reencode (with --vae), keep or auto.")
+        str, typer.Option(help="A sliding context's first frame, reencode (with --vae), keep or auto.")
     ] = "auto"
+
+
+@dataclass(frozen=True)
+class SpeechFlags:
+    """Speech to video."""
+
+    rope_table: Annotated[str, typer.Option(help="Exact rotations, or fp16, rounded as upstream does.")] = "exact"
+    per_step: Annotated[bool, typer.Option("--per-step", help="A correction of its own for each denoising step.")] = (
+        False
+    )
+    online_reference: Annotated[
+        bool, typer.Option("--online-reference", help="After a clip, refer to the first frame made.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class StreamFlags(SpeechFlags, KreaFlags, CacheFlags, AbsorptionFlags, VideoFlags):
+    """How the model streams; the last base's flags come first. Each field is one of `StreamOptions`."""
 
     def options(self) -> StreamOptions:
         """The stream's options; InputError for text that means none."""
@@ -160,19 +189,17 @@ class StreamFlags:
 
 @dataclass(frozen=True)
 class SceneFlags:
-    """What a speech-to-video model is shown and told; the sound is `--audio`."""
+    """Pictures and speech."""
 
     image: Annotated[
         Path | None, typer.Option(help="First frame (with --vae); speech to video: whom to bring to life.")
     ] = None
-    audio_encoder: Annotated[
-        Path | None, typer.Option(help="Speech to video: wav2vec2's HF folder, or the base model's folder.")
-    ] = None
+    audio_encoder: Annotated[Path | None, typer.Option(help="wav2vec2's HF folder, or the base model's folder.")] = None
 
 
 @dataclass(frozen=True)
 class FileFlags:
-    """What is written, and the corrections a stream starts with."""
+    """Files."""
 
     save_deltas: Annotated[Path | None, typer.Option(help="Write the stream's deltas here (.safetensors).")] = None
     deltas: Annotated[Path | None, typer.Option(help="Start with stored deltas, without a warm-up.")] = None
@@ -184,7 +211,7 @@ class FileFlags:
 
 @dataclass(frozen=True)
 class MachineFlags:
-    """Where and in what arithmetic it runs."""
+    """Machine."""
 
     allow_fallback: FallbackOpt = False
     offload: Annotated[
@@ -213,7 +240,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         defaults = {field.name: field.default for field in fields(group)} if group else {name: parameter.default}
         for flag, default in defaults.items():
             assert flag not in flat, f"two flags are called {flag}"
-            flat[flag] = inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=own[flag])
+            hint = _titled(own[flag], group, flag) if group else own[flag]
+            flat[flag] = inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
     def called(**given: Any) -> None:
         made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
@@ -223,3 +251,26 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     called.__signature__ = inspect.Signature(list(flat.values()))  # type: ignore[attr-defined]
     called.__annotations__ = {name: parameter.annotation for name, parameter in flat.items()}
     return called
+
+
+def _titled(hint: Any, group: type, flag: str) -> Any:
+    """The flag's annotation, told which group it belongs to: the class that has the field."""
+    kind, option = get_args(hint)[:2]
+    owner = next(base for base in group.__mro__ if flag in inspect.get_annotations(base))
+    option = copy(option)
+    option.rich_help_panel = (owner.__doc__ or owner.__name__).rstrip(".")
+    return Annotated[kind, option]
+
+
+class Sections(typer.core.TyperCommand):
+    """A command whose help lists its flags group by group."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if record := param.get_help_record(ctx):
+                plain = "Arguments" if param.param_type_name == "argument" else "Output and help"
+                sections.setdefault(getattr(param, "rich_help_panel", None) or plain, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)

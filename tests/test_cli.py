@@ -624,3 +624,14 @@ def test_a_full_disk_under_deltas_and_bundles(tiny: Path, tmp_path: Path) -> Non
     assert (done.code, done.out) == (1, "")
     assert "could not write bundle" in done.err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_every_flag_of_run_under_its_group() -> None:
+    shown = command("run", "--help").out
+    titles = [line[:-1] for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles[:3] == ["Arguments", "What the video shows", "Networks around the model"]
+    assert {"Absorption", "Cache and attention", "Files", "Machine"} < set(titles)
+    absorption = shown.split("\nAbsorption:\n")[1].split("\n\n")[0]
+    assert "--ratio" in absorption
+    assert "--infinity" not in absorption
+    assert shown.count("--kv-dtype") == 1

@@ -19,8 +19,8 @@ class Settings:
     `all_rows` also counts chunks that have no history yet, whose gap is exactly zero. `ranking`: `epsilon` is the error
     on the rows of the fit, `heldout` the error on the last warm-up chunk of a fit to the ones before. `rows_per_width`:
     rows are subsampled by a stride that keeps at least this many times the layer's width; None keeps every row.
-    `share`: how much of ΔW and bias is applied. Layers are fitted one by one but absorb together, each on inputs that
-    the others have already changed: a little less of each is closer to the full run (docs/log.md).
+    `share`: how much of ΔW and bias is applied. A fit to the warm-up overstates what holds for the next chunk: a little
+    less of it is closer to the full run (docs/log.md).
     `quantisation_aware`: rows are fitted as an 8-bit layer multiplies them, Q(a) in place of a.
     """
 
