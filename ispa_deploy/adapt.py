@@ -61,7 +61,14 @@ def _rules(spec: ModelSpec, options: StreamOptions) -> dict[str, Any]:
         raise InputError(f"--sink {options.sink}: expected 0 or more frames")
     if options.sink not in (None, 1) and spec.reencodes:
         raise InputError(f"--sink {options.sink} with model '{spec.name}': its context has one; leave it out")
+    if options.renew_sink and not spec.recaches:
+        able = ", ".join(other.name for other in SPECS.values() if other.recaches)
+        raise InputError(
+            f"--renew-sink with model '{spec.name}': expected a model that computes its past anew at a prompt switch "
+            f"({able}); leave it out"
+        )
     return {
+        "renews_sink": spec.renews_sink or options.renew_sink,
         "sink_frames": spec.sink_frames if options.sink is None else options.sink,
         "ema_wide": spec.ema_wide and options.sink_dtype == "float32",
         "rolls": spec.rolls or options.roll,

@@ -87,9 +87,9 @@ class WindowCache:
             for store in (self.k, self.v):
                 store.move(source, target)
 
-    def begin_again(self, start: int, count: int) -> None:
-        """The next pass computes frames anew that lie before the current chunk."""
-        self._again = self.slots.readmit(start, count)
+    def begin_again(self, start: int, count: int, renew: bool) -> None:
+        """The next pass computes frames anew that lie before the current chunk; with `renew` they are all there is."""
+        self._again = self.slots.renew(start, count) if renew else self.slots.readmit(start, count)
 
     def _places(self, frames: Frames) -> Places:
         """Where the frames of this pass go."""
@@ -113,7 +113,8 @@ class WindowCache:
         At a weight of 0.999 a sink of 16 bits or fewer rounds most updates away; unless told to do as upstream, it is
         kept in float32 beside the window.
         """
-        sink = [self.slots.frames.index(frame) for frame in range(self.slots.sink) if frame in self.slots.frames]
+        first, held = self.slots.origin, self.slots.frames
+        sink = [held.index(frame) for frame in range(first, first + self.slots.sink) if frame in held]
         # Upstream replaces the sink when the counts differ. A layer that was local kept frame 0 alone: there it fades.
         alpha = 0.0 if len(sink) == self.slots.sink != len(evicted) else self._ema
         assert alpha is not None
@@ -169,7 +170,7 @@ class WindowCache:
 
 
 class LocalCache:
-    """An L-layer's persistent frames: the first `sink` frames of the stream and the `recent` newest committed ones."""
+    """An L-layer's persistent frames: those before frame `sink` and the `recent` newest committed ones."""
 
     def __init__(self, k: Store, v: Store, sink: int, recent: int):
         self.k, self.v, self.sink, self.recent = k, v, sink, recent
@@ -294,7 +295,7 @@ class KVCache:
         self.batch = batch
         self.observer: Observer | None = None
         self.committing = self.recaching = False
-        self.start, self.count = 0, 0
+        self.start, self.count, self.origin = 0, 0, 0
         self._context: tuple[int, ...] = ()
         self.device, self.frame_tokens = torch.device(device), rows * columns
         self._layout = Layout(batch, rows * columns, spec.heads, spec.head_dim, dtype, self.device)
@@ -312,7 +313,7 @@ class KVCache:
     def _window(self) -> WindowCache:
         spec = self.spec
         capacity = spec.window_frames
-        slots = WindowSlots(capacity, spec.sink_frames, spec.chunk_frames, self.recent, spec.rolls)
+        slots = WindowSlots(capacity, spec.sink_frames, spec.chunk_frames, self.recent, spec.rolls, self.origin)
         return WindowCache(slots, *self._stores(capacity), spec.ema_sink, spec.ema_wide)
 
     def _stores(self, frames: int) -> tuple[Store, Store]:
@@ -337,10 +338,15 @@ class KVCache:
 
     @contextmanager
     def again(self, start: int, count: int) -> Iterator[None]:
-        """For one pass: compute frames [start, start + count) anew, the newest of the past, in F-layers only."""
+        """For one pass: compute frames [start, start + count) anew, the newest of the past, in F-layers only.
+
+        Where the spec renews its sink, older frames are let go and the first of these take the sink's place.
+        """
+        renew = self.spec.renews_sink and start > 0
+        self.origin = start if renew else self.origin
         for layer in self._layers:
             assert isinstance(layer, WindowCache), "make every layer an F-layer before computing its past anew"
-            layer.begin_again(start, count)
+            layer.begin_again(start, count, renew)
         self._turn_to(start, count)
         self.recaching = True
         try:
@@ -369,8 +375,10 @@ class KVCache:
 
     def position(self, frame: int) -> int:
         """Time position of a frame: its index, or its slot in the window that ends with the current chunk."""
-        if self.spec.rope == "absolute" or frame < max(1, self.spec.sink_frames):
+        if self.spec.rope == "absolute":
             return frame
+        if frame < self.origin + max(1, self.spec.sink_frames):
+            return frame - self.origin
         first = min(self.start, self.spec.window_frames - self.count)
         return first - (self.start - frame)
 
@@ -378,9 +386,10 @@ class KVCache:
         """Make an F-layer an L-layer: keep its first `sink` and newest `recent` frames, free the rest."""
         old = self._layers[layer]
         assert isinstance(old, WindowCache), f"layer {layer} is local already"
-        new = LocalCache(*self._stores(sink + recent), sink, recent)
+        kept_until = self.origin + sink if sink else 0
+        new = LocalCache(*self._stores(sink + recent), kept_until, recent)
         slots = old.slots.temporal()
-        kept = [s for s in slots if old.slots.frames[s] < sink] + (slots[-recent:] if recent else [])
+        kept = [s for s in slots if old.slots.frames[s] < kept_until] + (slots[-recent:] if recent else [])
         kept = list(dict.fromkeys(kept))
         new.take([old.slots.frames[s] for s in kept], old, kept)
         self._layers[layer] = new

@@ -47,6 +47,8 @@ class StreamOptions:
     `full_commit` runs clean passes to their end, as upstream, and not only as far as a layer keeps something of them.
     `sink`: first frames that stay in the window. `roll`: a window that ends the stream when it is full lets its oldest
     frames go instead. `infinity`: keys are rotated at their slot in the window, so that positions never run out.
+    `renew_sink`: a prompt switch that computes the window anew makes its first frames the sink, as LongLive's
+    `global_sink: false`; off: the old prompt's stay.
     `sink_dtype` `model`: an averaging sink is rounded to the cache's dtype after every chunk, as upstream.
     `kv_dtype`: how frames are held between chunks, `auto` (the model's own dtype), `int8` or `fp8`.
     `delta_rank`: how many directions of each correction are kept; None: all. `quantisation_aware`: see `Settings`.
@@ -70,6 +72,7 @@ class StreamOptions:
     recent_frames: int = 0
     window: int | None = None
     sink: int | None = None
+    renew_sink: bool = False
     first_chunk: int | None = None
     sink_dtype: str = "float32"
     roll: bool = False

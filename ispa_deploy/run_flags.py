@@ -122,6 +122,9 @@ class CacheFlags:
 
     window: Annotated[int | None, typer.Option(help="Window in frames, with --policy window.")] = None
     sink: Annotated[int | None, typer.Option(help="First frames that stay in the window; default: the model's.")] = None
+    renew_sink: Annotated[
+        bool, typer.Option("--renew-sink", help="LongLive: a prompt switch also replaces the window's first frames.")
+    ] = False
     sink_dtype: Annotated[
         str, typer.Option(help="Of an averaging sink: float32, or model (rounded every chunk, as upstream).")
     ] = "float32"

@@ -50,13 +50,17 @@ class Room:
 
 @dataclass
 class WindowSlots:
-    """Slot table of one layer's window. `frames[slot]` is the frame held there, -1 for none."""
+    """Slot table of one layer's window. `frames[slot]` is the frame held there, -1 for none.
+
+    `origin`: the first frame of the sink; none older is held.
+    """
 
     capacity: int
     sink: int
     chunk: int
     recent: int = 0
     rolls: bool = True
+    origin: int = 0
     frames: list[int] = field(default_factory=list)
     current: Range = (0, 0)
     _chunks: int = 0
@@ -106,8 +110,19 @@ class WindowSlots:
         free = [slot for slot, frame in enumerate(self.frames) if frame < 0]
         for slot, frame in zip(free, missing[max(0, len(missing) - len(free)) :], strict=False):
             self.frames[slot] = frame
-        again = [slot for slot in self.temporal() if self.frames[slot] >= (start if start == 0 else self.sink)]
+        first = start if start == 0 else self.origin + self.sink
+        again = [slot for slot in self.temporal() if self.frames[slot] >= first]
         return tuple((self.frames[s] - start, s) for s in again if start <= self.frames[s] < start + count)
+
+    def renew(self, start: int, count: int) -> tuple[tuple[int, int], ...]:
+        """As `readmit`, with nothing left of what was held: the first of these frames are the sink from now on."""
+        fresh = WindowSlots(self.capacity, self.sink, self.chunk, self.recent)
+        first = count % self.chunk or self.chunk
+        for begin in range(first - self.chunk, count, self.chunk):
+            fresh.begin(max(0, begin), self.chunk if begin >= 0 else first)
+        self.frames = [start + frame if frame >= 0 else -1 for frame in fresh.frames]
+        self.origin, self._chunks = start, fresh._chunks
+        return tuple((frame - start, slot) for slot, frame in enumerate(self.frames) if frame >= 0)
 
     def admit(self, frames: Iterable[int]) -> tuple[int, ...]:
         """Slots of `frames`, one each; frames not held enter free slots, of which there must be enough."""
@@ -125,8 +140,8 @@ class WindowSlots:
         self._chunks = self.recent // self.chunk
 
     def local(self, start: int, sink: int) -> tuple[Range, ...]:
-        """Slots of an L-layer's keys while frames from `start` on are current: frame 0 if `sink`, recent, current."""
-        near = [s for s, f in enumerate(self.frames) if f >= 0 and (f >= start - self.recent or f < sink)]
+        """Slots of an L-layer's keys while frames from `start` on are current: `sink` first ones, recent, current."""
+        near = [s for s, f in enumerate(self.frames) if f >= 0 and (f >= start - self.recent or f < self.origin + sink)]
         return coalesce(near)
 
     def rest(self, ranges: tuple[Range, ...]) -> tuple[Range, ...]:
@@ -139,7 +154,7 @@ class WindowSlots:
         return sorted((s for s, f in enumerate(self.frames) if f >= 0), key=self.frames.__getitem__)
 
     def _oldest(self, count: int) -> list[int]:
-        rolling = [slot for slot in self.temporal() if self.frames[slot] >= self.sink]
+        rolling = [slot for slot in self.temporal() if self.frames[slot] >= self.origin + self.sink]
         return rolling[:count]
 
     def _vacate(self, bay: range) -> Iterable[Range]:

@@ -26,6 +26,7 @@ class ModelSpec:
     `ema_wide`: a 16-bit cache keeps that sink in float32 as well; off: rounded after every chunk, as upstream.
     `rolls`: whether the window evicts; without it a stream ends when the window is full (Self-Forcing).
     `recaches`: a prompt switch computes the window's keys and values anew under the new prompt (LongLive).
+    `renews_sink`: what is computed anew then takes the sink's place as well (LongLive's `global_sink: false`).
     `reencodes`: every chunk's past is computed anew from clean latents before it, so there is no clean pass and keys
     are stored rotated, at their slot in the window; the context is `window_frames` - `chunk_frames` frames (Krea).
     `interpolate`: chunks over which a prompt turns into the next, the first of them still the old one; 0: at once.
@@ -62,6 +63,7 @@ class ModelSpec:
     ema_wide: bool = True
     rolls: bool = True
     recaches: bool = False
+    renews_sink: bool = False
     reencodes: bool = False
     interpolate: int = 0
     max_frames: int = 1024

@@ -142,6 +142,7 @@ class Fixture:
             ema_sink=alpha if reward and sink else None,
             rolls=window != -1,
             recaches=config.get("variant") == "interactive",
+            renews_sink=not config.get("global_sink", True),
             context_timestep=float(config.get("context_noise", 0)),
             shift=config["timestep_shift"],
         )
@@ -200,8 +201,6 @@ def _refuse_unsupported(path: Path, fields: dict[str, Any]) -> None:
     upstream = config.get("upstream", "another family")
     if upstream not in UPSTREAMS:
         raise InputError(f"{path}: recorded from {upstream}: expected a run of {', '.join(UPSTREAMS)}")
-    if any(call["kind"] == RECACHE for call in fields["calls"]) and not config.get("global_sink", True):
-        raise InputError(f"{path}: a switch that renews the sink: expected global_sink true, as released")
 
 
 # -- comparisons

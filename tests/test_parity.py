@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ispa_deploy.cache import KVCache
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.specs import ModelSpec
-from tests.parity import TOLERANCE, Fixture, main, replay_file
+from tests.parity import TOLERANCE, Fixture, main, open_recorded, replay_file
 from tests.tiny import SPEC, text_rows, tiny_model
 
 DATA = Path(__file__).parent / "data"
@@ -49,6 +49,19 @@ def test_full_run_is_reproduced(name: str) -> None:
     worst = replay_file(Path(SOURCE) / f"{name}.safetensors")
     assert {"flow", "x0", "free-running output", "free-running flow"} <= set(worst.by_kind)
     assert worst.ok, worst.by_kind
+
+
+@pytest.mark.skipif(SOURCE is None, reason="ISPA_PARITY_DIR does not name a folder of recorded runs")
+def test_a_renewed_sink_moves_the_video_as_far_as_upstream_recorded() -> None:
+    """The same run with `global_sink: false` is recorded as its distance from the released setting."""
+    path = Path(SOURCE or "") / "longlive_switch_tiny.safetensors"
+    released, notes = Fixture.load(path), json.loads(path.with_suffix(".json").read_text())["numerics"]
+    recorded = notes["changed_setting_vs_recorded"]["global_sink_false"]
+    renewed = replace(released, config={**released.config, "global_sink": False})
+    stream = open_recorded(renewed, renewed.model())
+    away = (torch.cat([chunk.latents for chunk in stream], 1) - released.tensors["output/latents"]).abs()
+    assert float(away.max()) == pytest.approx(recorded["max_abs"], abs=TOLERANCE)
+    assert float(away.mean()) == pytest.approx(recorded["mean_abs"], abs=TOLERANCE)
 
 
 def test_shipped_avatar_is_reproduced_with_either_table() -> None:

@@ -151,3 +151,20 @@ def test_a_layer_that_was_local_gets_its_window_back_when_the_past_is_computed_a
     assert sorted(offset for offset, _ in pairs) == list(range(1, 12))
     slots.begin(30, 3)
     assert slots.filled == 12
+
+
+@pytest.mark.parametrize(("count", "recent"), [(12, 0), (12, 3), (10, 0), (6, 3)])
+def test_renewing_the_sink_is_a_table_that_begins_there(count: int, recent: int) -> None:
+    renewed, fresh = (WindowSlots(capacity=12, sink=3, chunk=3, recent=recent) for _ in range(2))
+    for start in range(0, 30, 3):
+        renewed.begin(start, 3)
+    pairs = renewed.renew(30 - count, count)
+    assert sorted(offset for offset, _ in pairs) == list(range(count))
+    first = count % 3 or 3
+    for start, frames in ((0, first), *((start, 3) for start in range(first, count, 3))):
+        fresh.begin(start, frames)
+    for start in range(30, 60, 3):
+        renewed.begin(start, 3)
+        fresh.begin(start - 30 + count, 3)
+        assert renewed.frames == [frame + 30 - count if frame >= 0 else -1 for frame in fresh.frames]
+        assert renewed.local(start, 1) == fresh.local(start - 30 + count, 1)
