@@ -17,6 +17,7 @@ from export.deltas import StoredDeltas
 from export.manifest import Manifest, file_digest, read_manifest
 from export.tensors import CODES, FLOATS, Shape, aligned, check_finite, check_names, check_shapes, listing, reading
 from export.write import write_bundle
+from ispa_deploy.adapt import adapted
 from ispa_deploy.avatar.stream import Scene
 from ispa_deploy.errors import InputError, known_names
 from ispa_deploy.media.text import PromptReader
@@ -110,6 +111,7 @@ class Bundle:
         """
         if deltas is not None:
             options = deltas.options(options)
+            deltas.check(adapted(self.spec, options), options.kv_bias)
         first, *later = self._texts([prompt, *(text for _, text in switches)])
         decoder = self.decoder() if decode else None
         return open_stream(

@@ -8,6 +8,7 @@ header holds one JSON text: version, base, policy, the options that the fit depe
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,10 +33,19 @@ HEADER_KEY = "ispa_deltas"
 
 _FIELDS = {
     "format_version": int, "base_sha256": str, "mode": str, "policy": str, "recent_frames": int, "ratio": (int, float),
-    "ranking": str, "ridge": dict, "layers": list, "records": list, "quantisation_aware": bool,
+    "ranking": str, "ridge": dict, "layers": list, "records": list, "quantisation_aware": bool, "stream": dict,
 }  # fmt: skip
-_LATER = {"quantisation_aware": False}
-"""Fields that files written before them lack, and what those files meant."""
+_LATER: dict[str, Any] = {"quantisation_aware": False, "stream": {}}
+"""Fields that files written before them lack, and what those files meant; an empty `stream` says nothing of it."""
+_REMEDIES = {
+    "window_frames": "give both streams the same window (--kv-frames)",
+    "sink_frames": "pass --sink {}",
+    "rope": "pass --infinity to both streams or to none",
+    "height": "pass --height {}",
+    "width": "pass --width {}",
+    "kv_bias": "pass --kv-bias {}",
+}
+"""What a correction stands for depends on these of its stream; what to do where another stream differs."""
 _PARTS = ("delta_weight", "delta_up", "delta_down", "delta_bias")
 
 
@@ -61,6 +71,25 @@ class StoredDeltas:
                 )
         return replace(options, delta=self.header["mode"]) if options.delta == "auto" else options
 
+    def check(self, spec: ModelSpec, kv_bias: float = 1.0) -> None:
+        """InputError where the stream that these were fitted on differs from one under `spec`, naming how."""
+        fitted, given = self.header["stream"], fitted_on(spec, kv_bias)
+        for name, remedy in _REMEDIES.items():
+            if name in fitted and fitted[name] != given[name]:
+                raise InputError(
+                    f"deltas fitted with {name.replace('_', ' ')} {fitted[name]} on a stream with {given[name]}: "
+                    f"{remedy.format(fitted[name])}, or run a warm-up on this one"
+                )
+
+
+def fitted_on(spec: ModelSpec, kv_bias: float = 1.0) -> dict[str, Any]:
+    """What the corrections of a stream under `spec` depend on, for their header: frames, pixels and names."""
+    return {
+        "window_frames": spec.window_frames, "sink_frames": spec.sink_frames, "rope": spec.rope,
+        "height": spec.latent_height * spec.spatial_stride, "width": spec.latent_width * spec.spatial_stride,
+        "kv_bias": round(kv_bias, 6),
+    }  # fmt: skip
+
 
 def save_deltas(
     path: str | Path,
@@ -75,8 +104,11 @@ def save_deltas(
     ridge: Ridge,
     records: Sequence[LayerRecord],
     quantisation_aware: bool = False,
+    stream: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the deltas of a stream (`absorber.deltas`, `absorber.records`) to a `.safetensors` file.
+
+    `stream` as `fitted_on` makes it.
 
     InputError: there is nothing to write, or nowhere to. RunError: the disk refused. Never leaves half a file.
     """
@@ -90,7 +122,7 @@ def save_deltas(
         "format_version": FORMAT_VERSION, "base_sha256": base_sha256, "mode": mode, "policy": policy,
         "recent_frames": recent_frames, "ratio": ratio, "ranking": ranking, "ridge": asdict(ridge),
         "layers": sorted(deltas), "records": [_plain(record) for record in records],
-        "quantisation_aware": quantisation_aware,
+        "quantisation_aware": quantisation_aware, "stream": dict(stream or {}),
     }  # fmt: skip
     text = json.dumps(header, sort_keys=True, allow_nan=False)
     partial = partial_path(target)
@@ -106,11 +138,12 @@ def save_deltas(
 
 def save_deltas_of(path: str | Path, absorber: Absorber, *, base_sha256: str) -> Path:
     """Write the deltas of a stream that has passed its transition; see `save_deltas`."""
-    settings = absorber.settings
+    settings, cache = absorber.settings, absorber.cache
     return save_deltas(
         path, absorber.deltas, base_sha256=base_sha256, mode=absorber.mode, policy=absorber.policy.name,
-        recent_frames=absorber.cache.recent, ratio=absorber.choice.ratio, ranking=settings.ranking,
+        recent_frames=cache.recent, ratio=absorber.choice.ratio, ranking=settings.ranking,
         ridge=settings.ridge, records=absorber.records, quantisation_aware=settings.quantisation_aware,
+        stream=fitted_on(cache.spec, math.exp(cache.past_bias)),
     )  # fmt: skip
 
 

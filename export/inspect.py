@@ -80,7 +80,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
 
 def _deltas(header: Mapping[str, Any]) -> dict[str, Any]:
     shown = ("format_version", "base_sha256", "mode", "policy", "recent_frames", "ratio", "ranking", "ridge", "layers")
-    return {name: header[name] for name in shown}
+    return {name: header[name] for name in (*shown, "stream")}
 
 
 def _any(found: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import torch
 
 from ispa_deploy.absorb.lowrank import Rank
 from ispa_deploy.absorb.stats import Statistics
+from ispa_deploy.avatar.cache import AvatarCache
+from ispa_deploy.avatar.model import CausalS2V
 from ispa_deploy.budget import VAE_PARAMETERS, VAE_STATE, Setup, linears, parameters, predict
 from ispa_deploy.cache import KVCache
 from ispa_deploy.memory import held_bytes, predicted, weight_bytes
@@ -147,6 +149,28 @@ def test_published_geometry(name: str, numbers: int, cache_gib: float) -> None:
     assert eight.weights == layers + sum(p.nbytes for p in rest)
     host = predict(spec, Setup(stats_device="cpu"))
     assert (host.statistics, host.host_statistics) == (0, eight.statistics)
+
+
+def test_published_geometry_of_speech_to_video() -> None:
+    """Upstream's count of numbers; bytes against the network and its cache on the meta device."""
+    spec = SPECS["liveavatar-14b"]
+    assert parameters(spec) == 16_295_755_609
+    with torch.device("meta"):
+        model = CausalS2V(spec).to(torch.bfloat16)
+    shapes = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert shapes == linears(spec)
+    floating, eight = predict(spec, Setup(scheme="none")), predict(spec)
+    assert weight_bytes(model) == floating.weights
+    layers = {name: shape for name, shape in shapes.items() if name.startswith("blocks.")}
+    rest = [p for n, p in model.named_parameters() if n.rpartition(".")[0] not in layers]
+    assert eight.weights == sum(Int8Linear(k, n, device="meta").nbytes for n, k in layers.values()) + sum(
+        p.nbytes for p in rest
+    )
+    cache = AvatarCache(spec, dtype=torch.bfloat16, device="meta")
+    assert cache.persistent_bytes() == floating.kv_full
+    for layer in range(spec.layers // 2):
+        cache.localise(layer, 1, 0)
+    assert cache.persistent_bytes() == floating.kv
 
 
 def test_the_vae_beside_it(rng: torch.Generator) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,33 @@ def test_options_under_which_the_fit_does_not_hold(tmp_path: Path, options: dict
         stored.options(StreamOptions(**options))
     assert stored.options(StreamOptions()).delta == "side"
     assert stored.options(StreamOptions(delta="fold")).delta == "fold"
+
+
+def test_the_window_they_were_fitted_on_is_told_and_asked_for(tmp_path: Path) -> None:
+    absorber = absorbed(tiny("none"), replace(OPTIONS, infinity=True, sink=3)).absorber
+    stored = load(save_deltas_of(tmp_path / "d.safetensors", absorber, base_sha256=BASE))
+    assert stored.header["stream"] == {
+        "window_frames": 12, "sink_frames": 3, "rope": "window", "height": 32, "width": 32, "kv_bias": 1.0,
+    }  # fmt: skip
+    same = replace(TINY, rope="window", sink_frames=3)
+    stored.check(same)
+    for changes, message in (
+        ({"rope": "absolute"}, "fitted with rope window on a stream with absolute: pass --infinity to both"),
+        ({"sink_frames": 1}, "fitted with sink frames 3 on a stream with 1: pass --sink 3"),
+        ({"window_frames": 9}, r"fitted with window frames 12 on a stream with 9: .*--kv-frames"),
+        ({"latent_height": 8}, "fitted with height 32 on a stream with 64: pass --height 32"),
+        ({"latent_width": 6}, "fitted with width 32 on a stream with 48: pass --width 32"),
+    ):
+        with pytest.raises(InputError, match=message):
+            stored.check(replace(same, **changes))
+    with pytest.raises(InputError, match=r"fitted with kv bias 1.0 on a stream with 0.3: pass --kv-bias 1.0"):
+        stored.check(same, kv_bias=0.3)
+
+
+def test_files_from_before_that_was_told_still_apply(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.safetensors", planted())
+    rewrite(path, lambda tensors, header: header.pop("stream"))
+    load(path).check(replace(TINY, window_frames=9))
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> None:

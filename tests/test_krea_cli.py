@@ -14,6 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from cli import app
+from ispa_deploy.errors import InputError
 from ispa_deploy.media.video import VideoWriter, read_video
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.specs import SPECS, ModelSpec
@@ -123,6 +124,29 @@ def test_flags_change_what_they_say(bundle: Path, tmp_path: Path) -> None:
         assert not torch.allclose(plain[:, first : first + 3], other[:, first : first + 3], atol=1e-3), flags
     wide = latents("--height", 32, "--width", 64, frames=9)
     assert wide.shape == (1, 9, 16, 4, 8)
+
+
+def test_deltas_are_for_the_context_they_were_fitted_on(bundle: Path, tmp_path: Path) -> None:
+    stored = tmp_path / "d.safetensors"
+    document = run(bundle, tmp_path, "--save-deltas", stored, "--kv-frames", 6, "--kv-bias", 0.3)
+    assert document["absorption"]["state"] == "absorbed"
+    same = run(bundle, tmp_path, "--deltas", stored, "--kv-frames", 6, "--kv-bias", 0.3, frames=9)
+    assert same["absorption"]["local_layers"] == document["absorption"]["local_layers"]
+    for flags, line in (
+        (("--kv-bias", 0.3), "window frames 9 on a stream with 6"),
+        (("--kv-frames", 6), "pass --kv-bias 0.3"),
+        (("--kv-frames", 6, "--kv-bias", 0.3, "--height", 64), f"pass --height {PIXELS}"),
+    ):
+        arguments = ("run", bundle, "--policy", "absorb", "--frames", 9, "--deltas", stored, *flags)
+        done = CliRunner().invoke(app, [str(argument) for argument in (*arguments, "--prompt-embeds", rows(tmp_path))])
+        assert isinstance(done.exception, InputError)
+        assert line in str(done.exception)
+
+
+def rows(folder: Path) -> Path:
+    path = folder / "rows.safetensors"
+    save_file({"prompt_embeds": torch.ones(2, KREA.text_dim)}, path)
+    return path
 
 
 def test_a_prompt_turns_over_four_chunks(bundle: Path, tmp_path: Path) -> None:
