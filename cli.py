@@ -60,8 +60,11 @@ if TYPE_CHECKING:
     from export.bundle import Bundle
     from export.profiling import Compared
     from ispa_deploy.avatar.stream import Scene
+    from ispa_deploy.compiled import CompiledStages
+    from ispa_deploy.graphs import PassGraphs
     from ispa_deploy.options import StreamOptions
     from ispa_deploy.run import Outputs
+    from ispa_deploy.stream import Stream
 
 app = typer.Typer(
     name="ispa-deploy",
@@ -456,7 +459,6 @@ def _run(
 ) -> dict[str, Any]:  # fmt: skip
     from export.deltas import load_deltas, save_deltas_of
     from export.initial import read_start
-    from ispa_deploy.compiled import compile_
     from ispa_deploy.media.output import output_path
     from ispa_deploy.prompts import LivePrompts, cues, plan_prompts, read_prompts
     from ispa_deploy.run import run_stream, stop_on_interrupt
@@ -480,14 +482,13 @@ def _run(
     for cue in planned[1:]:
         say(cue.line(len(stream.chunks)))
     live = LivePrompts(sys.stdin.fileno(), bundle.text_rows, say) if prompts.live else None
-    stages = compile_(bundle.model) if machine.compiled else None
+    launched = _launched(stream, machine)
     with stop_on_interrupt() as stop, progress_bar() as show:
         border = (lambda index: live.follow(stream, index)) if live else (lambda _: None)
         document = run_stream(
             stream, outputs, on_progress=show, stop=stop, on_border=border, overlap=machine.overlap_decode
         )
-    if stages is not None:
-        say(stages.describe())
+    lines = _tell(launched)
     for note in document["absorption"]["notes"]:
         say(f"note: {note}")
     if save_deltas is not None and (stream.absorber.deltas or document["complete"]):
@@ -502,10 +503,27 @@ def _run(
         "seed": options.seed,
         "bundle": str(bundle.folder),
         **document,
-        "compiled": stages.describe() if stages is not None else None,
+        **lines,
         "audit": audit(bundle.model, {layer.name: layer.why for layer in bundle.manifest.layers}),
         "audit_warnings": warnings,
     }
+
+
+def _launched(stream: Stream, machine: MachineFlags) -> dict[str, CompiledStages | PassGraphs | None]:
+    """How a stream's work reaches the device beyond one kernel at a time, by the names of the report."""
+    from ispa_deploy.compiled import compile_
+    from ispa_deploy.graphs import PassGraphs
+
+    stream.graphs = PassGraphs.on(stream.cache) if machine.cuda_graphs else None
+    return {"compiled": compile_(stream.model) if machine.compiled else None, "cuda_graphs": stream.graphs}
+
+
+def _tell(launched: dict[str, CompiledStages | PassGraphs | None]) -> dict[str, str | None]:
+    """Say what became of each, after the run; the same lines for the report."""
+    lines = {name: None if how is None else how.describe() for name, how in launched.items()}
+    for line in filter(None, lines.values()):
+        say(line)
+    return lines
 
 
 def _profile(bundle: Bundle, asked: Compared, mid: bool, load_ms: float | None = None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ model that encodes its past anew before every chunk (`reencodes`) stores them ro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, reduce
 from typing import Any, Protocol
@@ -54,6 +54,7 @@ class Frames(Protocol):
     def stored(self, k: Tensor) -> Tensor: ...
     def seen(self, k: Tensor, frames: list[int]) -> Tensor: ...
     def scratch(self, name: str, frames: int) -> Tensor: ...
+    def arrangement(self, held: list[int]) -> Hashable: ...
 
 
 class LayerCache(Protocol):
@@ -63,6 +64,7 @@ class LayerCache(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, frames: Any, /) -> Tensor: ...
     def store(self, k: Tensor, v: Tensor, frames: Any, /) -> None: ...
     def nbytes(self) -> int: ...
+    def form(self, frames: Any, /) -> Hashable | None: ...
 
     @property
     def stores(self) -> bool: ...
@@ -162,6 +164,10 @@ class WindowCache:
         frames.observer(layer, local.out, full.out)
         return full.out
 
+    def form(self, frames: Frames) -> Hashable:
+        """As `KVCache.form`."""
+        return self.slots.current, frames.arrangement(self.slots.frames[: self.slots.filled])
+
     def wide_bytes(self) -> int:
         return sum(tensor.nbytes for pair in self._wide.values() for tensor in pair)
 
@@ -245,6 +251,12 @@ class LocalCache:
                 self.keep(current, stored, chunk_v)
         return out
 
+    def form(self, frames: Frames) -> Hashable | None:
+        """As `KVCache.form`: which frames are kept is decided anew in every clean pass."""
+        if frames.committing and self.stores:
+            return None
+        return frames.arrangement([*self.frames, *range(frames.start, frames.start + frames.count)])
+
     def nbytes(self) -> int:
         return self.k.nbytes() + self.v.nbytes()
 
@@ -269,6 +281,7 @@ class KVCache:
     `observer(layer, local, full)` listens on F-layers: (B, S, H, D) outputs of attention over local and over all keys.
     `committing` marks the clean pass, the only writer of history. Shapes other than the spec's own latent size are
     given by `grid` (rows, columns of tokens). `kv_dtype`: `auto` holds frames in `dtype`, `int8` and `fp8` in 8 bits.
+    `generation` counts the times that a buffer which passes read was replaced by another one.
     `past_bias` in (0, 1] weighs the keys between the first frame and the current chunk against the others
     (daydreamlive/scope's KV attention bias); 1: as they are.
     """
@@ -295,6 +308,7 @@ class KVCache:
         self.batch = batch
         self.observer: Observer | None = None
         self.committing = self.recaching = False
+        self.generation = 0
         self.start, self.count, self.origin = 0, 0, 0
         self._context: tuple[int, ...] = ()
         self.device, self.frame_tokens = torch.device(device), rows * columns
@@ -302,6 +316,7 @@ class KVCache:
         self.kv_dtype, self._coders = kv_dtype, coders(kv_dtype, self.device)
         self._rope = Rope(spec.head_dim, (rows, columns), theta=spec.rope_theta, device=device)
         self._turn = torch.empty(0)
+        self._turn_of: dict[int, Tensor] = {}
         self._turns: dict[tuple[int, ...], Tensor] = {}
         self._scratch: dict[str, Tensor] = {}
         self._layers: list[LayerCache] = [self._fresh() for _ in range(spec.layers)]
@@ -371,7 +386,11 @@ class KVCache:
         with region("overhead.rope"):
             self._turns.clear()
             self._rope.forget(start if self.spec.rope == "absolute" else 0)
-            self._turn = self._rope.frames([self.position(frame) for frame in range(start, start + count)])
+            with torch.inference_mode(False):  # written to in later chunks, from whatever mode they run in
+                turn = self._rope.frames([self.position(frame) for frame in range(start, start + count)])
+            self._turn = self._turn_of.setdefault(len(turn), turn)
+            if self._turn is not turn:
+                self._turn.copy_(turn)
 
     def position(self, frame: int) -> int:
         """Time position of a frame: its index, or its slot in the window that ends with the current chunk."""
@@ -393,6 +412,7 @@ class KVCache:
         kept = list(dict.fromkeys(kept))
         new.take([old.slots.frames[s] for s in kept], old, kept)
         self._layers[layer] = new
+        self.generation += 1
 
     def globalise(self, layer: int) -> None:
         """Make an L-layer an F-layer again, with what it still holds and a fresh history."""
@@ -404,6 +424,7 @@ class KVCache:
         new.v.take(old.v, order)
         new.slots.resume(sorted(old.frames))
         self._layers[layer] = new
+        self.generation += 1
 
     # -- asked by the model
 
@@ -483,7 +504,24 @@ class KVCache:
         held = self._scratch.get(name)
         if held is None or held.shape[1] < frames:
             held = self._scratch[name] = self._layout.buffer(frames)
+            self.generation += 1
         return held[:, :frames]
+
+    # -- asked before a pass is recorded
+
+    def form(self) -> Hashable | None:
+        """All that the coming pass depends on beside its arguments and what lies in buffers; None where Python keeps
+        books in it, so that it must be run and not replayed."""
+        if self.observer is not None or self.recaching or self._context:
+            return None
+        layers = [layer.form(self) for layer in self._layers]
+        return None if None in layers else (self.count, self.committing, *layers)
+
+    def arrangement(self, held: list[int]) -> Hashable:
+        """What a query's keys depend on of the frames that lie in the slots it sees."""
+        positions = tuple(map(self.position, held)) if self.spec.rotates_on_read else ()
+        past = split_past(((0, len(held)),), held, self.start) if self.past_bias else ()
+        return len(held), positions, past
 
     # -- asked by reports and tests
 

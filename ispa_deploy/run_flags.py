@@ -227,6 +227,9 @@ class MachineFlags:
     compiled: Annotated[
         bool, typer.Option("--compile", help="torch.compile the layers; where no compiler works they run eagerly.")
     ] = False
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Record each pass of a full window once and replay it (CUDA only).")
+    ] = False
     overlap_decode: Annotated[
         bool, typer.Option("--overlap-decode", help="Decode a chunk while the next one is generated; same pixels.")
     ] = False

@@ -16,6 +16,7 @@ from ispa_deploy.absorb.absorber import Absorber
 from ispa_deploy.cache import KVCache
 from ispa_deploy.context import Context, Encoder
 from ispa_deploy.errors import InputError
+from ispa_deploy.graphs import PassGraphs
 from ispa_deploy.model import CausalWanDiT, Conditioning, TextKV
 from ispa_deploy.regions import region
 from ispa_deploy.sampler import ChunkNoise, Sampler
@@ -61,7 +62,7 @@ class Stream:
     before generation starts. `commit_last` also runs the clean pass of the last chunk, which only statistics read
     unless the stream is continued. `full_commit` runs clean passes to their end, as upstream; else they stop at the
     last layer that keeps keys of them. `encoder` is the decoder's inverse: a model that re-encodes its past makes the
-    first frame of its context with it.
+    first frame of its context with it. `graphs`: passes that come again are replayed.
     """
 
     model: CausalWanDiT
@@ -77,6 +78,7 @@ class Stream:
     commit_last: bool = False
     full_commit: bool = False
     encoder: Encoder | None = None
+    graphs: PassGraphs | None = None
 
     def __post_init__(self) -> None:
         self.chunks = plan_chunks(self.spec, self.frames)
@@ -139,9 +141,16 @@ class Stream:
         return self.sampler.denoise(index, self._velocity, lambda step: self.noise(index, count, step))
 
     def _velocity(self, x: Tensor, timestep: float) -> Tensor:
-        velocity: Tensor = self.model(x, self._condition(timestep), self.text, self.cache)
+        velocity = self._pass(x, timestep, self.text)
         self.absorber.after_pass()
         return velocity
+
+    def _pass(self, x: Tensor, timestep: float, text: TextKV, stores: int | None = None) -> Tensor:
+        """The model's velocity; of a replayed pass it lies in a buffer, which the next one overwrites."""
+        condition = self._condition(timestep)
+        if self.graphs is None:
+            return self.model(x, condition, text, self.cache, stores)
+        return self.graphs.run(self.model, x, timestep, condition, text, self.cache, stores)
 
     @torch.inference_mode()
     def _commit(self, latents: Tensor, start: int) -> None:
@@ -157,7 +166,7 @@ class Stream:
         """A pass whose velocity nobody reads: as far as layers keep something of it."""
         stores = None if self.full_commit else self.cache.storing_layers()
         if stores != 0:
-            self.model(latents, self._condition(timestep), text, self.cache, stores)
+            self._pass(latents, timestep, text, stores)
             self.absorber.after_pass()
 
     @torch.inference_mode()

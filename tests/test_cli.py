@@ -249,6 +249,48 @@ def test_flags_reach_the_stream(tiny: Path, flags: tuple[str, ...], expected: di
             assert found == (pytest.approx(value) if isinstance(value, float) else value), path
 
 
+# -- how the work is launched
+
+
+def _latents(bundle: Path, path: Path, *flags: str, frames: int = 18) -> tuple[Tensor, dict[str, Any]]:
+    """Latents (1, F, C, H, W) of a run, and its document."""
+    document = stream(bundle, *flags, "--latents", path, frames=frames).document
+    return load_file(path)["latents"], document
+
+
+def test_decoding_while_the_next_chunk_is_generated_gives_the_same_files(demo: Path, tmp_path: Path) -> None:
+    made = {}
+    for name, flags in {"in turn": (), "overlapped": ("--overlap-decode",)}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        outputs = ("--out", str(folder / "v.mp4"), "--sheet", str(folder / "s.png"))
+        _, document = _latents(demo, folder / "l.safetensors", *flags, *outputs, frames=9)
+        assert document["complete"]
+        made[name] = files(folder)
+    assert made["in turn"] == made["overlapped"]
+    assert set(made["in turn"]) == {"v.mp4", "s.png", "l.safetensors"}
+
+
+def test_a_spread_solve_switches_a_chunk_later(tiny: Path, tmp_path: Path) -> None:
+    once, first = _latents(tiny, tmp_path / "o.safetensors")
+    later, second = _latents(tiny, tmp_path / "s.safetensors", "--spread-solve", "1")
+    assert torch.equal(once[:, :12], later[:, :12])
+    assert not torch.equal(once[:, 12:15], later[:, 12:15])
+    shrunk = [[held < kv["full_bytes"] for held in kv["per_chunk_bytes"]] for kv in (first["kv"], second["kv"])]
+    assert shrunk == [[False] * 3 + [True] * 3, [False] * 4 + [True] * 2]
+    assert first["absorption"]["local_layers"] == second["absorption"]["local_layers"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
+def test_compiled_layers_give_the_same_video(floating: Path, tmp_path: Path) -> None:
+    eager, plain = _latents(floating, tmp_path / "e.safetensors", "--policy", "full")
+    compiled, document = _latents(floating, tmp_path / "c.safetensors", "--policy", "full", "--compile")
+    assert plain["compiled"] is None
+    assert document["compiled"].startswith("layers compiled with inductor")
+    torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-3)
+
+
 def test_a_later_prompt_restarts_the_warm_up(tiny: Path) -> None:
     document = stream(tiny, "--at", "15:another", frames=30).document
     full = document["kv"]["full_bytes"]
@@ -354,6 +396,8 @@ BAD_RUNS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--prompt-embeds", "none.safetensors"), ("'none.safetensors'", "does not exist")),
     (("--seed", "99999999999"), ("--seed", "4294967296")),
     (("--frames", "1026"), ("1026 frames", "1024 absolute positions", "--infinity")),
+    (("--spread-solve", "-1"), ("--spread-solve", "run --help")),
+    (("--cuda-graphs", "--device", "cpu"), ("--cuda-graphs on cpu", "expected a CUDA device")),
     (("--sink", "-1"), ("--sink -1", "0 or more")),
     (("--sink", "10"), ("window 12", "sink 10")),
     (("--sink-dtype", "int4"), ("sink dtype 'int4'", "float32")),

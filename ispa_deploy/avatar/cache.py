@@ -96,6 +96,10 @@ class AvatarLayer:
 
     stores = keeps = False  # in a clean pass, which this model has not
 
+    def form(self, cache: AvatarCache) -> None:
+        """Each pass appends to its step's ring and counts what is in it: none can be replayed."""
+        return
+
     def store(self, k: Tensor, v: Tensor, cache: AvatarCache) -> None:
         raise AssertionError("a speech-to-video model has no clean pass")
 
