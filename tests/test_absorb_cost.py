@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ispa_deploy.absorb.rows import thinned
 from ispa_deploy.absorb.stats import Statistics
@@ -135,7 +135,7 @@ def _alive() -> int:
     """Bytes of all tensors alive, each storage once."""
     gc.collect()
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                for t in gc.get_objects() if issubclass(type(t), Tensor) and not t.is_meta}  # fmt: skip
+                for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and not t.is_meta}  # fmt: skip
     return sum(storages.values())
 
 

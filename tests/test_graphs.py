@@ -104,6 +104,14 @@ def test_prompt_switches_and_recalibration(policy: str, scheme: str, monkeypatch
     assert not torch.equal(want[:, 30:33], latents_of(tiny_stream(model, frames=75, policy=policy))[:, 30:33])
 
 
+def test_a_sink_that_a_switch_renews() -> None:
+    model = tiny_model(replace(SPEC, recaches=True, renews_sink=True))
+    want = latents_of(_switched(model))
+    stream, _ = _replaying(_switched(model))
+    assert torch.equal(latents_of(stream), want)
+    assert _counts(stream)[1] > 0
+
+
 def test_a_requested_recalibration_drops_what_was_recorded() -> None:
     model = tiny_model()
 
