@@ -185,8 +185,8 @@ def run(
     from ispa_deploy.run import Outputs
 
     options = stream.options()
-    if machine.offload and options.stats_device is None:
-        options = replace(options, stats_device="cpu")
+    if machine.offload:
+        options = replace(options, stats_device=options.stats_device or "cpu", offload=True)
     opened = _accompanied(_open(bundle, machine, prompts.prompt_embeds), networks, machine.offload)
     if files.audio is not None and files.out is None and not opened.spec.audio_blocks:
         raise InputError(f"--audio '{files.audio}' without a video: name one with --out VIDEO.mp4, or leave it out")

@@ -70,25 +70,25 @@ def advise(spec: ModelSpec, setup: Setup, room: int) -> str:
 
 def smaller(spec: ModelSpec, setup: Setup) -> list[Choice]:
     """Changes that take memory away, each alone, as the flags that make them."""
-    window, policy = shortest_window(spec), POLICIES[setup.policy]
+    window, policy, hears = shortest_window(spec), POLICIES[setup.policy], bool(spec.audio_blocks)
     on_host = replace(setup, stats_device="cpu")
     choices: list[tuple[bool, Choice]] = [
         (setup.scheme == "none", ("quantize --scheme w8a8", spec, replace(setup, scheme="w8a8", quantised=None))),
         (True, (f"--policy window --window {window}", spec, replace(setup, policy="window", window=window))),
         (policy.localises and setup.stats_device != "cpu", ("--stats-device cpu", spec, on_host)),
-        (setup.kv_dtype == "auto", ("--kv-dtype int8", spec, replace(setup, kv_dtype="int8"))),
+        (setup.kv_dtype == "auto" and not hears, ("--kv-dtype int8", spec, replace(setup, kv_dtype="int8"))),
         (True, _smaller_pictures(spec, setup)),
-        (setup.vae and not setup.offload, ("--offload", spec, replace(on_host, offload=True))),
+        ((setup.vae or hears) and not setup.offload, ("--offload", spec, replace(on_host, offload=True))),
     ]
     return [choice for possible, choice in choices if possible]
 
 
 def all_smaller(spec: ModelSpec, setup: Setup) -> tuple[ModelSpec, Setup]:
     """All of them at once; of window and ratio, the window, which is small from the start."""
-    window = shortest_window(spec)
+    window, kv_dtype = shortest_window(spec), "auto" if spec.audio_blocks else "int8"  # rings are not coded
     quantised = setup.quantised if setup.scheme != "none" else None
     return spec, replace(
-        setup, scheme="w8a8", quantised=quantised, policy="window", window=window, kv_dtype="int8", offload=True
+        setup, scheme="w8a8", quantised=quantised, policy="window", window=window, kv_dtype=kv_dtype, offload=True
     )
 
 

@@ -32,7 +32,8 @@ class Setup:
 
     `scheme` other than `none`: one byte for each weight of the linears in `quantised` (None: all of the blocks').
     `scored`: layers are ranked by their error, which takes statistics even where nothing is absorbed; `heldout`: in two
-    halves. `vae`: the Wan VAE decodes on the device. `offload`: it rests on the CPU while it has nothing to do.
+    halves. `vae`: the Wan VAE decodes on the device. `offload`: it rests on the CPU while it has nothing to do,
+    and so do rings of denoising steps.
     `per_step`: a correction, and its statistics, for each denoising step.
     """
 
@@ -62,7 +63,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Bytes on the device, but for `host_statistics`.
+    """Bytes on the device, but for `host_statistics` and `host_kv`.
 
     `kv` are persistent keys and values of the stream, `text_kv` those of one prompt, `kv_scratch` transient ones that
     all layers share; `wide_sink` float32 copies of averaging sinks. What ends in `_full` is held until the transition,
@@ -78,6 +79,8 @@ class Budget:
     wide_sink: int
     statistics: int
     host_statistics: int
+    host_kv_full: int
+    host_kv: int
     deltas: int
     decoder: int
     activations: int
@@ -115,6 +118,8 @@ def predict(spec: ModelSpec, setup: Setup | None = None) -> Budget:
     local = _local_layers(spec, setup, policy)
     kept = policy.sink + setup.recent_frames
     layer_full, layer_local = _layer_bytes(spec, setup, policy)
+    host_full, host_local = _ring_bytes(spec, setup) if setup.offload else (0, 0)
+    layer_full, layer_local = layer_full - host_full, layer_local - host_local
     steps = len(spec.steps) if setup.per_step else 1
     statistics, host = _statistics(spec, setup, policy, local)
     return Budget(
@@ -127,6 +132,8 @@ def predict(spec: ModelSpec, setup: Setup | None = None) -> Budget:
         wide_sink=_wide_sink(spec, setup) * (spec.layers - local),
         statistics=statistics * steps,
         host_statistics=host * steps,
+        host_kv_full=host_full * spec.layers,
+        host_kv=host_full * (spec.layers - local) + host_local * local,
         deltas=_deltas(spec, setup) * local * steps if policy.absorbs else 0,
         decoder=_decoder(spec, setup),
         activations=_activations(spec, setup),
@@ -180,9 +187,15 @@ def _layer_bytes(spec: ModelSpec, setup: Setup, policy: Policy) -> tuple[int, in
     frame = kv_frame_bytes(spec, setup)
     if not spec.audio_blocks:
         return frame * spec.window_frames, frame * (policy.sink + setup.recent_frames)
-    rings = frame * len(spec.steps)
+    full, local = _ring_bytes(spec, setup)
     sink = frame * condition_length(spec, spec.grid) // spec.frame_tokens
-    return rings * spec.window_frames + sink, rings * setup.recent_frames + sink * policy.sink
+    return full + sink, local + sink * policy.sink
+
+
+def _ring_bytes(spec: ModelSpec, setup: Setup) -> tuple[int, int]:
+    """Frames of each denoising step in an F-layer and in an L-layer; only a model that hears has them."""
+    rings = kv_frame_bytes(spec, setup) * len(spec.steps) if spec.audio_blocks else 0
+    return rings * spec.window_frames, rings * setup.recent_frames
 
 
 def _patch(spec: ModelSpec) -> int:
@@ -209,9 +222,11 @@ def _local_layers(spec: ModelSpec, setup: Setup, policy: Policy) -> int:
 def _scratch(spec: ModelSpec, setup: Setup, kept: int | None) -> int:
     """Shared by all layers and in the dtype: a window rotated or decoded, an L-layer's frames beside the chunk's."""
     one = setup.batch * spec.frame_tokens * spec.dim * ITEM_BYTES[setup.dtype]
-    if spec.audio_blocks and kept is not None:
+    if spec.audio_blocks:
+        visiting = 2 * one * spec.window_frames if setup.offload else 0
         sink = POLICIES[setup.policy].sink * condition_length(spec, spec.grid) * one // spec.frame_tokens
-        return 2 * (sink + one * (setup.recent_frames + spec.chunk_frames))
+        joined = 0 if kept is None else 2 * (sink + one * (setup.recent_frames + spec.chunk_frames))
+        return visiting + joined
     decoded = 0 if setup.kv_dtype == "auto" else spec.window_frames
     rotated = spec.window_frames if spec.rotates_on_read else 0
     local = 0 if kept is None else kept + max(spec.chunk_frames, spec.first_chunk_frames)

@@ -283,8 +283,10 @@ class KVCache:
     given by `grid` (rows, columns of tokens). `kv_dtype`: `auto` holds frames in `dtype`, `int8` and `fp8` in 8 bits.
     `generation` counts the times that a buffer which passes read was replaced by another one.
     `past_bias` in (0, 1] weighs the keys between the first frame and the current chunk against the others
-    (daydreamlive/scope's KV attention bias); 1: as they are.
+    (daydreamlive/scope's KV attention bias); 1: as they are. `rests`: whether idle parts lie in host memory.
     """
+
+    rests = False
 
     def __init__(
         self,
@@ -547,6 +549,11 @@ class KVCache:
     def layer_bytes(self, layer: int) -> int:
         """Bytes allocated for the keys and values that one layer keeps between chunks."""
         return self._layers[layer].nbytes()
+
+    def host_bytes(self) -> int:
+        """Of `persistent_bytes`, those that lie in host memory while the model runs on another device: every pass reads
+        every window, so here none are idle."""
+        return 0
 
     def wide_sink_bytes(self) -> int:
         """Bytes of float32 copies of averaging sinks, on top of `persistent_bytes`."""

@@ -24,12 +24,13 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def held_bytes(stream: Stream) -> dict[str, int]:
-    """Bytes allocated now, under the names of `Budget`; what lies in host memory is not told apart."""
+    """Bytes allocated now, under the names of `Budget`; statistics in host memory are not told apart."""
     cache, absorber = stream.cache, stream.absorber
     return {
         "weights": weight_bytes(stream.model),
         "text_kv": sum(keys.nbytes + values.nbytes for keys, values in stream.text.layers),
-        "kv": cache.persistent_bytes(),
+        "kv": cache.persistent_bytes() - cache.host_bytes(),
+        "host_kv": cache.host_bytes(),
         "kv_scratch": cache.scratch_bytes(),
         "wide_sink": cache.wide_sink_bytes(),
         "statistics": absorber.statistics_bytes(),
@@ -63,7 +64,7 @@ def setup_of(stream: Stream) -> Setup:
         batch=cache.batch,
         kv_dtype=cache.kv_dtype,
         vae=isinstance(getattr(stream.decoder, "nbytes", None), int),
-        offload=bool(getattr(stream.decoder, "rests", False)),
+        offload=cache.rests or bool(getattr(stream.decoder, "rests", False)),
         per_step=not absorber.storable,
     )
 
@@ -83,6 +84,7 @@ def setup_for(model: nn.Module, dtype: object, options: StreamOptions) -> Setup:
         delta=options.delta,
         stats_device=options.stats_device,
         kv_dtype=options.kv_dtype,
+        offload=options.offload,
     )
 
 

@@ -55,6 +55,7 @@ class StreamOptions:
     Speech to video only: `rope_table`: `exact`, or `fp16` as upstream rounds it; `online_reference`: the first
     generated frame takes the reference's place after the first clip, as upstream's online decoding does; `per_step`:
     a correction for each denoising step, and not one for all of them.
+    `offload`: caches that are idle, its rings of other denoising steps, lie in host memory.
     `height` and `width` in pixels; `interpolate`: chunks from one prompt to the next. Of a model that encodes its past
     anew before every chunk: `kv_frames` (its context), `kv_bias` in (0, 1] (the weight of keys between the context's
     first frame and the chunk; 1: off), `steps` (denoising passes, the last at timestep 0), `strength` in (0, 1] (how
@@ -104,6 +105,7 @@ class StreamOptions:
     steps: int | None = None
     strength: float | None = None
     first_frame: str = "auto"
+    offload: bool = False
 
     def settings(self) -> Settings:
         """The preset with the flags that were given."""
@@ -207,7 +209,7 @@ def _cache(
         raise InputError(f"--kv-dtype {options.kv_dtype} with '{spec.name}': expected auto, its rings are not coded")
     return AvatarCache(
         spec, batch=batch, dtype=model.dtype, device=model.device, recent=recent, local_sink=sink,
-        backend=options.backend, half_table=options.rope_table == "fp16",
+        backend=options.backend, half_table=options.rope_table == "fp16", offload=options.offload,
     )  # fmt: skip
 
 

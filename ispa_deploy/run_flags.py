@@ -218,7 +218,7 @@ class MachineFlags:
 
     allow_fallback: FallbackOpt = False
     offload: Annotated[
-        bool, typer.Option("--offload", help="Text encoder, VAE and statistics rest on the CPU; slower, less memory.")
+        bool, typer.Option("--offload", help="Text encoder, VAE, statistics and idle caches rest on the CPU.")
     ] = False
     device: DeviceOpt = "auto"
     dtype: DtypeOpt = "auto"

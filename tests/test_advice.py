@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ispa_deploy.advice import advise, all_smaller, memory_errors, smaller
+from ispa_deploy.avatar.cache import AvatarCache
 from ispa_deploy.budget import Setup, predict
 from ispa_deploy.cache import KVCache
 from ispa_deploy.errors import RunError
@@ -31,6 +32,21 @@ def test_every_change_alone_needs_less_and_all_of_them_least() -> None:
         windows = {flags for flags in peaks if "window" in flags and spec is KREA}  # it has the shortest already
         assert all(peak < needed for flags, peak in peaks.items() if flags not in windows)
         assert predict(*all_smaller(spec, BIG)).peak < min(peaks.values())
+
+
+def test_speech_to_video_is_told_what_it_can_do() -> None:
+    """Its rings are not coded; they rest in host memory, which is most of what there is."""
+    avatar = SPECS["liveavatar-14b"]
+    peaks = {flags: predict(*changed).peak for flags, *changed in smaller(avatar, BIG)}
+    names = {"quantize", "--policy", "--stats-device", "--height", "--offload"}
+    assert {flags.split(" ")[0] for flags in peaks} == names
+    rings = 40 * 4 * 12 * 1056 * 5120 * 2 * 2
+    assert predict(avatar, BIG).peak - peaks["--offload"] > rings
+    for flags, spec, changed in smaller(avatar, BIG):
+        kept = changed.window if changed.window is not None else spec.window_frames
+        AvatarCache(replace(spec, window_frames=kept), device="meta")  # each can be had
+        assert "kv-dtype" not in flags
+    assert predict(*all_smaller(avatar, BIG)).peak < min(peaks.values())
 
 
 def test_the_line_tells_what_fits_this_machine_and_what_does_not() -> None:

@@ -310,6 +310,8 @@ def test_corrections_are_the_ridge_regression_on_the_rows_of_all_steps_or_of_one
         {"per_step": True, "delta": "side"},
         {"policy": "full"},
         {"policy": "no-sink", "ratio": 1.0, "recent_frames": 3},
+        {"offload": True},
+        {"offload": True, "policy": "full"},
     ],
 )
 def test_predicted_bytes_are_those_held(options: dict[str, Any]) -> None:
@@ -322,16 +324,39 @@ def test_predicted_bytes_are_those_held(options: dict[str, Any]) -> None:
             break
     after = held_bytes(stream)
     expected = {"weights": foreseen.weights, "text_kv": foreseen.text_kv, "wide_sink": 0}
-    warm = {**expected, "kv": foreseen.kv_full, "kv_scratch": 0, "statistics": foreseen.statistics, "deltas": 0}
+    one_ring = 2 * 12 * TOKENS * AVATAR.dim * 4  # keys and values, float32
+    warm = {
+        **expected,
+        "kv": foreseen.kv_full,
+        "host_kv": foreseen.host_kv_full,
+        "kv_scratch": one_ring if stream.cache.rests else 0,
+        "statistics": foreseen.statistics or foreseen.host_statistics,
+        "deltas": 0,
+    }
+    assert foreseen.host_kv_full == (4 * one_ring * AVATAR.layers if stream.cache.rests else 0)
     local = {
         **expected,
         "kv": foreseen.kv,
+        "host_kv": foreseen.host_kv,
         "kv_scratch": foreseen.kv_scratch,
         "statistics": 0,
         "deltas": foreseen.deltas,
     }
     for seen, wanted in ((before, warm), (after, local)):
         assert seen == {name: pytest.approx(count, rel=0.05) for name, count in wanted.items()}
+
+
+@pytest.mark.parametrize("recent", [0, 3])
+def test_rings_that_rest_in_host_memory_change_no_bit(recent: int) -> None:
+    streams = [_stream(avatar_model(), recent_frames=recent, offload=rests) for rests in (False, True)]
+    here, there = (torch.cat([chunk.latents for chunk in stream], 1) for stream in streams)
+    assert torch.equal(here, there)
+    kept, rested = (stream.cache for stream in streams)
+    assert kept.persistent_bytes() == rested.persistent_bytes()
+    condition = 2 * 58 * 48 * 4 * AVATAR.layers
+    assert rested.persistent_bytes() - rested.host_bytes() == condition == kept.persistent_bytes() - 4 * sum(
+        2 * (recent if kept.is_local(layer) else 12) * TOKENS * 48 * 4 for layer in range(AVATAR.layers)
+    )
 
 
 def test_each_step_runs_under_its_own_correction() -> None:

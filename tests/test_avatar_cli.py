@@ -179,20 +179,21 @@ def usual(bundle: Path, given: tuple[object, ...]) -> Tensor:
     return load_file(bundle.parent / "usual.safetensors")["latents"]
 
 
-@pytest.mark.parametrize("change", ["nothing", "image", "audio", "table"])
+@pytest.mark.parametrize("change", ["nothing", "offload", "image", "audio", "table"])
 def test_everything_that_is_given_matters(
     bundle: Path, given: tuple[object, ...], usual: Tensor, change: str, tmp_path: Path
 ) -> None:
     (tmp_path / "black.ppm").write_bytes(b"P6 8 8 255\n" + bytes(8 * 8 * 3))
     changes: dict[str, tuple[object, ...]] = {
         "nothing": (),
+        "offload": ("--offload",),
         "image": ("--image", tmp_path / "black.ppm"),
         "audio": ("--audio", write_wav(tmp_path / "low.wav", tone(2.0, 16000, 110.0), 16000)),
         "table": ("--rope-table", "fp16"),
     }
     document("run", bundle, *given, *SHORT, *changes[change], "--latents", tmp_path / "l.safetensors")
     latents = load_file(tmp_path / "l.safetensors")["latents"]
-    assert torch.equal(latents, usual) == (change == "nothing")
+    assert torch.equal(latents, usual) == (change in ("nothing", "offload"))
     assert torch.allclose(latents, usual, atol=2e-2) or change != "table"  # a matter of rounding
 
 

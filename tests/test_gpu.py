@@ -13,6 +13,7 @@ from ispa_deploy.cache import KVCache
 from ispa_deploy.options import StreamOptions, open_stream
 from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
+from tests.tiny_avatar import avatar_model, scene
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -103,3 +104,41 @@ def test_the_account_closes_on_the_gpu() -> None:
         assert run["closing"]["sum_error"] <= 0.01
         assert run["closing"]["unattributed_share"] <= 0.03
     assert report["runs"][1]["memory"]["peak"] > report["runs"][1]["memory"]["weights"]
+
+
+@pytest.mark.parametrize("policy", ["full", "absorb"])
+def test_offloaded_rings_change_no_bit_and_leave_the_device(policy: str) -> None:
+    model = avatar_model().to(CUDA)
+    kept, latents = {}, {}
+    for rests in (False, True):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        text = torch.randn(1, model.spec.text_len, model.spec.text_dim, generator=torch.Generator().manual_seed(1))
+        options = StreamOptions(frames=24, policy=policy, offload=rests)
+        stream = open_stream(model, text.to(CUDA), options, scene=scene())
+        kept[rests] = torch.cuda.memory_allocated() - before
+        rings = 4 * 4 * 2 * 12 * model.spec.frame_tokens * model.spec.dim * 4  # layers, steps, k and v, frames
+        assert stream.cache.host_bytes() == (rings if rests else 0)
+        latents[rests] = torch.cat([chunk.latents.cpu() for chunk in stream], 1)
+        del stream
+    assert kept[False] - kept[True] > 0.9 * rings
+    assert torch.equal(latents[False], latents[True])
+
+
+def test_an_offloaded_vae_works_on_the_device_and_rests_on_the_host() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    from ispa_deploy.media.vae import WanVae
+
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKLWan(base_dim=8).eval()
+    pixels = torch.rand(1, 5, 3, 32, 48)
+    here = WanVae(model).encode(pixels)
+    shown = WanVae(model).decoder()(here)
+    vae = WanVae(model, CUDA)
+    there = vae.encode(pixels)
+    assert there.device.type == "cuda"
+    decoder = vae.decoder()
+    again = torch.cat([decoder(there[:, :1]), decoder(there[:, 1:])], 1)
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    assert torch.allclose(there.cpu(), here, atol=1e-2)
+    assert torch.allclose(again.cpu(), shown, atol=1e-2)

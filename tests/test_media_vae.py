@@ -190,6 +190,25 @@ def test_encoding_is_the_mode_in_normalised_units(library: Any, rng: torch.Gener
     torch.testing.assert_close(raw, mode.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("through_a_stream", [False, True])
+def test_an_offloaded_vae_encodes_where_it_visits(
+    library: Any, monkeypatch: pytest.MonkeyPatch, through_a_stream: bool
+) -> None:
+    """Told by where it is sent; tests/test_gpu.py sends it there."""
+    gpu, sent = torch.device("cuda", 0), []
+    pixels = torch.rand(1, 5, 3, 16, 24)
+    want = WanVae(library).encode(pixels)
+    monkeypatch.setattr(library, "to", lambda device: sent.append(device))
+    vae = WanVae(library, gpu)
+    got = vae.decoder().encode(pixels) if through_a_stream else vae.encode(pixels)
+    assert torch.equal(got, want)
+    assert sent == [gpu, torch.device("cpu")]
+    monkeypatch.setattr(library, "encode", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        vae.encode(pixels)
+    assert sent[2:] == [gpu, torch.device("cpu")], "home again whatever happens"
+
+
 def test_mean_and_std_are_the_librarys(library: Any) -> None:
     assert (list(MEAN), list(STD)) == (library.config.latents_mean, library.config.latents_std)
 

@@ -36,14 +36,16 @@ class Ring:
     """Frames in the order of their arrival, the oldest overwritten first: buffers (steps, B, W, T, H, D), one table.
 
     `frames[slot]` is what a slot holds once the current chunk is written; `before` slots were filled ahead of it.
+    `home`: where the buffers lie; on the host of a GPU, in memory that it reads directly.
     """
 
-    def __init__(self, layout: Layout, steps: int, capacity: int):
+    def __init__(self, layout: Layout, steps: int, capacity: int, home: torch.device):
         self.frames: list[int] = []
         self.capacity, self.current, self.before = capacity, (0, 0), 0
         self._next = 0
         shape = (steps, layout.batch, capacity, layout.tokens, layout.heads, layout.width)
-        self.k, self.v = (torch.zeros(shape, dtype=layout.dtype, device=layout.device) for _ in range(2))
+        pinned = home.type == "cpu" and layout.device.type == "cuda"
+        self.k, self.v = (torch.zeros(shape, dtype=layout.dtype, device=home, pin_memory=pinned) for _ in range(2))
 
     def begin(self, start: int, count: int) -> None:
         """The next chunk's slots."""
@@ -114,7 +116,7 @@ class AvatarLayer:
             self.ring.write(cache.step, k, v)
         if cache.observer is not None:
             return self._observed(layer, q, cache)
-        held = cache.attended(q, self.ring.part(cache.step, (0, len(self.ring.frames))))
+        held = cache.attended(q, cache.visited(self.ring, (0, len(self.ring.frames))))
         return merge(held, cache.attended(q, cache.shown(self.condition))).out
 
     def _observed(self, layer: int, q: Tensor, cache: AvatarCache) -> Tensor:
@@ -123,17 +125,17 @@ class AvatarLayer:
         frames, shown = self.ring.frames, cache.attended(q, cache.shown(self.condition))
         near = coalesce(slot for slot, frame in enumerate(frames) if frame >= cache.start - cache.recent)
         far = coalesce(slot for slot, frame in enumerate(frames) if frame < cache.start - cache.recent)
-        parts = [cache.attended(q, self.ring.part(cache.step, span)) for span in near]
+        parts = [cache.attended(q, cache.visited(self.ring, span)) for span in near]
         local = reduce(merge, [shown, *parts] if cache.local_sink else parts)
         full = local if cache.local_sink else merge(local, shown)
         for span in far:
-            full = merge(full, cache.attended(q, self.ring.part(cache.step, span)))
+            full = merge(full, cache.attended(q, cache.visited(self.ring, span)))
         cache.observer(layer, local.out, full.out)
         return full.out
 
     def _attend_local(self, q: Tensor, k: Tensor, v: Tensor, cache: AvatarCache) -> Tensor:
         """[condition | recent | current] joined in the shared scratch, so that it is one call."""
-        recent = self.ring.part(cache.step, (0, self.ring.before))
+        recent = cache.visited(self.ring, (0, self.ring.before))
         keys, values = cache.shown(self.condition)
         with region("attention.cache"):
             near = cache.joined("k", keys, recent[0], k), cache.joined("v", values, recent[1], v)
@@ -144,7 +146,8 @@ class AvatarLayer:
 class AvatarCache(KVCache):
     """All layers' rings and conditions. The stream says which step a pass is of, and how far ahead the reference is.
 
-    `half_table`: rotations rounded to 16-bit floats, as upstream keeps them.
+    `half_table`: rotations rounded to 16-bit floats, as upstream keeps them. `offload`: rings lie in host memory, since
+    only one of a layer's is read in a pass; that one visits space on the device that all layers share.
     """
 
     def __init__(
@@ -159,9 +162,10 @@ class AvatarCache(KVCache):
         grid: tuple[int, int] | None = None,
         backend: str = "auto",
         half_table: bool = False,
+        offload: bool = False,
     ):
         _check_frames(spec, recent)
-        self.step, self.prefilling = 0, False
+        self.step, self.prefilling, self.rests = 0, False, offload
         self._grid = grid or spec.grid
         self.condition_tokens = condition_length(spec, self._grid)
         super().__init__(
@@ -176,7 +180,8 @@ class AvatarCache(KVCache):
         return AvatarLayer(self._ring(self.spec.window_frames), self._condition(self.condition_tokens))
 
     def _ring(self, frames: int) -> Ring:
-        return Ring(self._layout, len(self.spec.steps), frames)
+        home = torch.device("cpu") if self.rests else self._layout.device
+        return Ring(self._layout, len(self.spec.steps), frames, home)
 
     def _condition(self, tokens: int) -> KV:
         layout = self._layout
@@ -240,13 +245,25 @@ class AvatarCache(KVCache):
         with region("overhead.rope"):
             return rotate(condition[0], self._condition_turn), condition[1]
 
+    def visited(self, ring: Ring, span: Range) -> KV:
+        """Keys and values (B, S', H, D) of a run of slots of this pass's ring, on the device until the next call."""
+        k, v = ring.part(self.step, span)
+        if not self.rests:
+            return k, v
+        room = ring.capacity * self.frame_tokens
+        with region("attention.cache"):
+            keys, values = self._shared("ring k", room)[:, : k.shape[1]], self._shared("ring v", room)[:, : v.shape[1]]
+            return keys.copy_(k, non_blocking=True), values.copy_(v, non_blocking=True)
+
     def joined(self, name: str, *parts: Tensor) -> Tensor:
         """Parts (B, ., H, D) side by side in space that all layers share."""
-        length = sum(part.shape[1] for part in parts)
+        return torch.cat(parts, 1, out=self._shared(name, sum(part.shape[1] for part in parts)))
+
+    def _shared(self, name: str, length: int) -> Tensor:
         held = self._scratch.get(name)
         if held is None or held.shape[1] < length:
             held = self._scratch[name] = self._condition(length)[0]
-        return torch.cat(parts, 1, out=held[:, :length])
+        return held[:, :length]
 
     # -- asked by reports and tests
 
@@ -267,6 +284,10 @@ class AvatarCache(KVCache):
     def conditioned(self, layer: int) -> KV:
         """Keys before rotation and values of a layer's condition, (B, M, H, D)."""
         return self._own(layer).condition
+
+    def host_bytes(self) -> int:
+        """Of `persistent_bytes`, those in host memory."""
+        return sum(self._own(layer).ring.nbytes() for layer in range(self.spec.layers)) if self.rests else 0
 
     def full_bytes(self) -> int:
         """Bytes `persistent_bytes` reports while every layer is an F-layer."""

@@ -83,10 +83,10 @@ class WanVae:
                 f"video of shape {tuple(pixels.shape)}: expected (B, 1 + 4 n, 3, h, w) with h and w multiples of "
                 f"{STRIDE}; crop it"
             )
-        weight = self.model.quant_conv.weight
-        signed = (pixels.transpose(1, 2) * 2 - 1).to(weight)
-        mode = self.model.encode(signed).latent_dist.mode().transpose(1, 2).float()
-        return (mode - _column(MEAN, mode)) / _column(STD, mode)
+        with visiting(self.model, self.visits):
+            signed = (pixels.transpose(1, 2) * 2 - 1).to(self.model.quant_conv.weight)
+            mode = self.model.encode(signed).latent_dist.mode().transpose(1, 2).float()
+            return (mode - _column(MEAN, mode)) / _column(STD, mode)
 
 
 class StreamingDecoder:
@@ -112,7 +112,7 @@ class StreamingDecoder:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """`WanVae.encode`, of which this decoder is the inverse."""
-        return WanVae(self.model).encode(pixels)
+        return WanVae(self.model, self._visits).encode(pixels)
 
     @property
     def nbytes(self) -> int:
@@ -130,19 +130,15 @@ class StreamingDecoder:
     @contextmanager
     def _visit(self) -> Iterator[None]:
         """Everything on the working device, and back again."""
-        if self._visits is None:
-            yield
-            return
         home = self.model.post_quant_conv.weight.device
-        self._move(self._visits)
-        try:
-            yield
-        finally:
-            self._move(home)
+        with visiting(self.model, self._visits):
+            self._remember_on(self._visits or home)
+            try:
+                yield
+            finally:
+                self._remember_on(home)
 
-    @torch.inference_mode(False)  # weights that were moved must stay ordinary tensors
-    def _move(self, device: torch.device) -> None:
-        self.model.to(device)
+    def _remember_on(self, device: torch.device) -> None:
         self._memory = [entry.to(device) if isinstance(entry, Tensor) else entry for entry in self._memory]
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -154,6 +150,25 @@ class StreamingDecoder:
     def _frame(self, features: Tensor) -> Tensor:
         first, self._frames = self._frames == 0, self._frames + 1
         return self.model.decoder(features, feat_cache=self._memory, feat_idx=[0], first_chunk=first)
+
+
+@contextmanager
+def visiting(model: Any, device: torch.device | None) -> Iterator[None]:
+    """The model on `device`, and back again; None: it stays where it lies."""
+    if device is None:
+        yield
+        return
+    home = model.post_quant_conv.weight.device
+    _move(model, device)
+    try:
+        yield
+    finally:
+        _move(model, home)
+
+
+@torch.inference_mode(False)  # weights that were moved must stay ordinary tensors
+def _move(model: Any, device: torch.device) -> None:
+    model.to(device)
 
 
 def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
