@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ispa_deploy.absorb.rows import thinned
 from ispa_deploy.absorb.stats import Statistics
@@ -16,6 +15,7 @@ from ispa_deploy.cache import KVCache
 from ispa_deploy.errors import InputError
 from ispa_deploy.native import library, sums
 from ispa_deploy.specs import SPECS
+from tests.living import living_bytes
 from tests.tiny import SPEC, latents_of, text_rows, tiny_model, tiny_stream
 
 WIDE = 520
@@ -131,22 +131,14 @@ def test_statistics_fit_beside_the_cache() -> None:
     assert 16.7e9 < _accumulators("krea-14b", 2) < 17.1e9
 
 
-def _alive() -> int:
-    """Bytes of all tensors alive, each storage once."""
-    gc.collect()
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and not t.is_meta}  # fmt: skip
-    return sum(storages.values())
-
-
 def _grown(chunks: int, **options: object) -> tuple[int, object]:
     """Bytes that a stream holds after so many chunks, and the stream."""
     model = tiny_model()
     stream = tiny_stream(model, frames=18, **options)  # type: ignore[arg-type]
-    before, made = _alive(), iter(stream)
+    before, made = living_bytes(), iter(stream)
     for _ in range(chunks):
         next(made)
-    grown = _alive() - before
+    grown = living_bytes() - before
     made.close()  # type: ignore[attr-defined]
     return grown, stream
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,6 +24,7 @@ from ispa_deploy.specs import SPECS, ModelSpec
 from ispa_deploy.stream import Stream
 from quant import SCHEMES, quantise_
 from quant.linear import Int8Linear
+from tests.living import living_bytes
 from tests.tiny import SPEC, text_rows, tiny_model
 
 WINDOW = replace(SPEC, rope="window")
@@ -91,13 +91,6 @@ def test_every_kind_is_what_the_stream_allocates(
     assert last["statistics"] == 0
     assert last["deltas"] == budget.deltas
     assert most["kv_scratch"] == pytest.approx(budget.kv_scratch, rel=TOLERANCE)
-
-
-def living_bytes() -> int:
-    """Storages of all tensors that Python holds, each once."""
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 @pytest.mark.filterwarnings("ignore")  # of objects that the collector shows and nobody asked for

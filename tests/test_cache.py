@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ from ispa_deploy.errors import InputError
 from ispa_deploy.kvstore import Layout, Store
 from ispa_deploy.slots import WindowSlots
 from ispa_deploy.specs import ModelSpec
+from tests.living import living_bytes
 from tests.reference import NaiveMemory
 from tests.tiny import SPEC, text_rows, tiny_model
 
@@ -180,20 +180,13 @@ def _wide(window: int) -> ModelSpec:
 )
 def test_persistent_bytes_are_the_paper_s(window: int, percent: tuple[float, ...]) -> None:
     cache = KVCache(_wide(window))
-    before = _storage_bytes()
+    before = living_bytes()
     assert cache.persistent_bytes() == cache.full_bytes()
     for layer in range(5):
         cache.localise(layer, 1, 0)
         if layer >= 2:
             assert round(100 * cache.persistent_bytes() / cache.full_bytes(), 1) == percent[layer - 2]
-    assert before - _storage_bytes() == cache.full_bytes() - cache.persistent_bytes()
-
-
-def _storage_bytes() -> int:
-    """Bytes of all tensor storages alive in this process, each counted once."""
-    gc.collect()
-    storages = [tensor.untyped_storage() for tensor in gc.get_objects() if type(tensor) is Tensor]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    assert before - living_bytes() == cache.full_bytes() - cache.persistent_bytes()
 
 
 def test_recent_frames_are_counted() -> None:

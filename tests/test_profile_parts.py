@@ -126,7 +126,7 @@ def test_a_start_goes_through_its_stages_and_its_rows_close(policy: str, states:
 def test_a_block_that_waits_shows_in_its_own_line() -> None:
     model = tiny_model(SPEC)
     slow = model.layers()[2]
-    handle = slow.self_attn.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    handle = slow.self_attn.o.register_forward_pre_hook(lambda *_: time.sleep(0.02))
     steady = SteadyStream.open(model, StreamOptions(policy="full"), 3)
     with steady.turn():
         steady.step()
