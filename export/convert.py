@@ -103,13 +103,15 @@ def convert_checkpoint(
 ) -> tuple[Path, Report]:
     """A checkpoint's bundle, without ever holding the model: `shard_bytes` and a few times its largest tensor.
 
-    `known`: what calibration found, which a static scheme needs.
+    `known`: what calibration found, which a static scheme needs, and by which `plan` judges the layers' errors.
 
     Raises InputError for what does not fit, RunError when the disk refuses; nothing is left of the bundle then.
     """
     weights = open_weights(source, spec=spec, dtype=dtype, lora=lora, lora_alpha=lora_alpha, say=say)
     network = empty(weights.spec).to(weights.dtype)
-    planned = plan_for(plan, network, weights.spec, candidates or [scheme], skip=skip)
+    planned = plan_for(
+        plan, network, weights.spec, candidates or [scheme], skip=skip, activations=known.samples, read=weights.read
+    )
     conversion = _Conversion(weights, scheme, kept(network, scheme, skip, planned), planned, known)
     conversion.check_ranges()
     folder = write_entries(

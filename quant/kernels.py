@@ -60,8 +60,13 @@ class Kernel(Protocol):
         """The inverse of `pack`, exact."""
         ...
 
-    def quantise(self, x: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(M, K) float -> codes (M, K) and float32 scales (M, 1), all of them `step` (1,) where that is given."""
+    def quantise(
+        self, x: Tensor, step: Tensor | None = None, factor: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(M, K) float -> codes (M, K) and float32 scales (M, 1), all of them `step` (1,) where that is given.
+
+        `factor` (K,) float32, powers of two: what x is multiplied by on the way.
+        """
         ...
 
     def multiply(
@@ -137,13 +142,18 @@ def _(codes: Tensor, scale: Tensor, number: Tensor, bias: Tensor | None, outputs
     return codes.new_empty(codes.shape[0], outputs, dtype=dtype)
 
 
-def quantise(x: Tensor, kernel: Kernel, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(M, K) float -> codes and scales for `kernel`. In a compiled graph plain operations, to fuse with their maker."""
+def quantise(
+    x: Tensor, kernel: Kernel, step: Tensor | None = None, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(M, K) float, times `factor` (K,) -> codes and scales for `kernel`.
+
+    In a compiled graph plain operations, to fuse with their maker.
+    """
     if x.shape[0] == 0 or torch.compiler.is_compiling():
         if step is not None:
-            return quantise_fixed(x, step, unsigned=kernel.activations == "uint8")
-        return quantise_as(x, kernel.activations)
-    return kernel.quantise(x, step)
+            return quantise_fixed(x, step, factor, unsigned=kernel.activations == "uint8")
+        return quantise_as(x, kernel.activations, factor)
+    return kernel.quantise(x, step, factor)
 
 
 def multiply(rows: QuantisedRows, weight: Resident, bias: Tensor | None) -> Tensor:
@@ -163,12 +173,16 @@ def fuses_gelu(x: Tensor, weight: Resident, after: Resident) -> bool:
     return kernel is kernels_cpu.ONEDNN and elementwise.applies(x, weight.outputs, wide=True)
 
 
-def multiply_gelu(rows: QuantisedRows, weight: Resident, bias: Tensor | None) -> QuantisedRows:
-    """GELU (tanh) of the product, quantised for the next layer, in one pass; ask `fuses_gelu` first."""
+def multiply_gelu(
+    rows: QuantisedRows, weight: Resident, bias: Tensor | None, after: Tensor | None = None
+) -> QuantisedRows:
+    """GELU (tanh) of the product, times `after` (N,), quantised for the next layer, in one pass; ask `fuses_gelu`."""
     entry, dtype = weight.entry, rows.source.dtype
     entry.calls += 1
     kernel = kernels_cuda.TRITON if entry.kernel is kernels_cuda.TRITON else kernels_cpu.ONEDNN
-    codes, scale = kernel.multiply_gelu_quantise(rows.codes, rows.scale, entry.packed, entry.column, bias, dtype)
+    codes, scale = kernel.multiply_gelu_quantise(
+        rows.codes, rows.scale, entry.packed, entry.column, bias, dtype, after
+    )
     # The values themselves are nowhere: a source of the right shape and dtype, without memory.
     source = rows.source.new_empty(()).expand(*rows.source.shape[:-1], weight.outputs)
     return QuantisedRows(codes, scale, source)

@@ -21,20 +21,24 @@ MIN_ROWS = 17
 class _CudaKernel(StoredKernel):
     """What the kernels of this file share: signed activation codes, weight codes (N, K) as they are stored."""
 
-    def quantise(self, x: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def quantise(
+        self, x: Tensor, step: Tensor | None = None, factor: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `quant.kernels.Kernel`."""
-        return quantise_rows(x) if step is None else quantise_fixed(x, step)
+        return quantise_rows(x, factor) if step is None else quantise_fixed(x, step, factor)
 
 
 class _Triton(_CudaKernel):
     """Row quantiser and product in `quant.triton_kernels`, imported on first use."""
 
-    def quantise(self, x: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def quantise(
+        self, x: Tensor, step: Tensor | None = None, factor: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if step is not None:
-            return quantise_fixed(x, step)
+            return quantise_fixed(x, step, factor)
         from quant.triton_kernels import quantise_rows as fused
 
-        return fused(x)
+        return fused(x, factor)
 
     def multiply(
         self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
@@ -45,14 +49,15 @@ class _Triton(_CudaKernel):
             return int8_linear(codes, scale, packed, column, bias, dtype)
 
     def multiply_gelu_quantise(
-        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype,
+        after: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Codes and scales of GELU (tanh) of the product, for the next layer of this kind: one pass for two."""
         from quant.triton_kernels import quantise_rows as fused
 
         product = self.multiply(codes, scale, packed, column, bias, dtype)
         with region("linear.quantise"):
-            return fused(product, gelu=True)
+            return fused(product, after, gelu=True)
 
 
 class _IntMm(_CudaKernel):

@@ -111,26 +111,25 @@ class QuantisedLinear(nn.Module):
         if self.delta_mode == "side":
             assert self.delta is not None
             with _mark("linear.delta"):
-                beside = dequantise(rows.codes, rows.scale) if self.delta.on_codes else source
+                beside = self._stood_for(rows) if self.delta.on_codes else source
                 y = y + self.delta.beside(beside.reshape(-1, self.in_features)).to(y.dtype)
         return y.reshape(*source.shape[:-1], self.out_features)
 
     def gelu_into(self, x: Tensor, after: nn.Module) -> QuantisedRows | None:
         """GELU (tanh) of `forward(x)` as the rows that `after` takes; None where no one pass makes them."""
-        plain = type(after) is type(self) and self.delta is None and after.delta is None
-        if not plain or after.pre_quant_scale is not None or torch.compiler.is_compiling():
+        if not isinstance(after, QuantisedLinear) or type(after) is not type(self) or torch.compiler.is_compiling():
+            return None
+        if self.delta is not None or after.delta is not None:
             return None
         if not fuses_gelu(x, self._prepared(), after._prepared()):
             return None
-        return multiply_gelu(self.quantise(x), self._prepared(), self.bias)
+        return multiply_gelu(self.quantise(x), self._prepared(), self.bias, after.pre_quant_scale)
 
     def quantise(self, x: Tensor) -> QuantisedRows:
         """(..., K) -> rows that every layer of this kind, input and device accepts: quantise once for q, k and v."""
         with _mark("linear.quantise"):
             rows = x.reshape(-1, self.in_features)
-            if self.pre_quant_scale is not None:  # powers of two: exact in any dtype
-                rows = rows * self.pre_quant_scale.to(rows.dtype)
-            codes, scale = quantise(rows, self._prepared().entry.kernel, self._step())
+            codes, scale = quantise(rows, self._prepared().entry.kernel, self._step(), self.pre_quant_scale)
         return QuantisedRows(codes, scale, x)
 
     def shared(self, x: Tensor, others: Sequence[nn.Module]) -> QuantisedRows | Tensor:
@@ -240,8 +239,12 @@ class QuantisedLinear(nn.Module):
 
     def multiplied(self, x: Tensor) -> Tensor:
         """x (M, K) -> what its codes stand for, float32."""
-        rows = self.quantise(x)
-        return dequantise(rows.codes, rows.scale)
+        return self._stood_for(self.quantise(x))
+
+    def _stood_for(self, rows: QuantisedRows) -> Tensor:
+        """(M, K) float32 in the input's own units."""
+        values = dequantise(rows.codes, rows.scale)
+        return values if self.pre_quant_scale is None else values.div_(self.pre_quant_scale)
 
     def _with(self, delta: Delta) -> Tensor:
         return self.reference_weight().add_(delta.dense())

@@ -62,16 +62,17 @@ def plan_for(
     *,
     skip: Sequence[str] = (),
     activations: Mapping[str, Tensor] | None = None,
+    read: Callable[[str], Tensor] | None = None,
 ) -> Plan | None:
     """What `--plan` asks for: `none`, `auto` (measured here, on the model's own device or the CPU), or a file.
 
-    `activations`: see `make_plan`.
+    `activations`, `read`: see `make_plan`.
     """
     if request == "none":
         return None
     if request != "auto":
         return load_plan(request)
-    return make_plan(model, lambda name: call_rows(spec, name), schemes, skip=skip, activations=activations)
+    return make_plan(model, lambda name: call_rows(spec, name), schemes, skip=skip, activations=activations, read=read)
 
 
 def make_plan(
@@ -82,6 +83,7 @@ def make_plan(
     skip: Sequence[str] = (),
     budget: float = BUDGET,
     activations: Mapping[str, Tensor] | None = None,
+    read: Callable[[str], Tensor] | None = None,
     rounds: int = ROUNDS,
 ) -> Plan:
     """Measure every distinct shape and number of rows on the model's device and choose each layer's scheme.
@@ -89,7 +91,7 @@ def make_plan(
     `rows`: rows of one call by the linear's name. `schemes`: what may be chosen beside floating point; those without a
     kernel here are left out. `activations`: (R, K) by name, for the errors; Gaussian with channels 1 to 4 times as loud
     where there are none. Layers that the first scheme or `skip` keeps are not planned. A model on the meta device is
-    measured on the CPU with random weights.
+    measured on the CPU: with the parameters that `read` finds by name for layers with activations, else random ones.
     """
     if not schemes or not budget > 0:
         raise InputError(f"plan with {len(schemes)} schemes and error budget {budget}: expected at least one, above 0")
@@ -102,13 +104,17 @@ def make_plan(
     for name, reason in kept(model, schemes[0], skip).items():
         if reason is not None:
             continue
-        subject = _subject(name, model.get_submodule(name), rows(name), (activations or {}).get(name), device)
+        linear, x = model.get_submodule(name), (activations or {}).get(name)
+        assert isinstance(linear, nn.Linear)
+        if read is not None and x is not None:
+            linear = _filled(linear, name, read)
+        subject = _subject(name, linear, rows(name), x, device)
         key = (subject.shape, subject.rows)
         if key not in timings:
             ms = _times(_contenders(subject, running), subject.rows, subject.shape[1], device, rounds)
             timings[key] = Timing(*key, ms)
-        found = errors.get(subject.shape) or relative_errors(subject, running)
-        if first.is_meta:
+        found = (errors.get(subject.shape) if linear.weight.is_meta else None) or relative_errors(subject, running)
+        if linear.weight.is_meta:
             errors[subject.shape] = found
         layers.append(_choose(subject, found, timings[key], running, budget))
     dtype = _run_dtype(first.dtype, device)
@@ -175,8 +181,14 @@ def _run_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
 
 
-def _subject(name: str, linear: nn.Module, rows: int, x: Tensor | None, device: torch.device) -> Subject:
-    assert isinstance(linear, nn.Linear)
+def _filled(linear: nn.Linear, name: str, read: Callable[[str], Tensor]) -> nn.Linear:
+    """The linear called `name` with the parameters that `read` finds."""
+    filled = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    filled.load_state_dict({leaf: read(f"{name}.{leaf}") for leaf in filled.state_dict()}, assign=True)
+    return filled.requires_grad_(False)
+
+
+def _subject(name: str, linear: nn.Linear, rows: int, x: Tensor | None, device: torch.device) -> Subject:
     if linear.weight.is_meta:
         shape, biased, dtype = (linear.in_features, linear.out_features), linear.bias is not None, linear.weight.dtype
         linear = nn.Linear(*shape, biased, dtype=dtype, device=device)

@@ -56,13 +56,19 @@ def row_scale(amax: Tensor) -> Tensor:
     return torch.where(torch.isfinite(amax), amax / CODE_MAX, float("nan")).clamp_min(SCALE_FLOOR)
 
 
-def quantise_rows(x: Tensor, *, unsigned: bool = False) -> tuple[Tensor, Tensor]:
-    """(M, K) of any float dtype -> codes (M, K) and float32 scales (M, 1), symmetric per row.
+def widened(x: Tensor, factor: Tensor | None) -> Tensor:
+    """x (M, K) in float32, times `factor` (K,) where there is one."""
+    values = x.to(torch.float32)
+    return values if factor is None else values * factor
+
+
+def quantise_rows(x: Tensor, factor: Tensor | None = None, *, unsigned: bool = False) -> tuple[Tensor, Tensor]:
+    """(M, K) of any float dtype, times `factor` (K,) -> codes (M, K) and float32 scales (M, 1), symmetric per row.
 
     `unsigned` stores the code as uint8 with zero point 128, the form x86 multiplies; otherwise int8.
     A row that holds NaN or Inf gets the scale NaN and unspecified codes: nothing is clipped silently.
     """
-    values = x.to(torch.float32)
+    values = widened(x, factor)
     scale = row_scale(values.abs().amax(dim=-1, keepdim=True))
     codes = torch.round(values * (1.0 / scale))
     return ((codes + ZERO_POINT).to(torch.uint8) if unsigned else codes.to(torch.int8)), scale
@@ -81,27 +87,37 @@ def quantise_weight_fp8(weight: Tensor, name: str = "weight") -> tuple[Tensor, T
     return codes, scale
 
 
-def quantise_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, K) of any float dtype -> e4m3 codes (M, K) and float32 scales (M, 1) = amax / 448.
+def quantise_rows_fp8(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(M, K) of any float dtype, times `factor` (K,) -> e4m3 codes (M, K) and float32 scales (M, 1) = amax / 448.
 
     A row that holds NaN or Inf gets the scale NaN.
     """
-    values = x.to(torch.float32)
+    values = widened(x, factor)
     amax = values.abs().amax(dim=-1, keepdim=True)
     scale = torch.where(torch.isfinite(amax), amax / FLOAT8_MAX, float("nan")).clamp_min(SCALE_FLOOR)
     return (values * (1.0 / scale)).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8), scale
 
 
-def quantise_fixed(x: Tensor, step: Tensor, *, unsigned: bool = False) -> tuple[Tensor, Tensor]:
+def quantise_fixed(
+    x: Tensor, step: Tensor, factor: Tensor | None = None, *, unsigned: bool = False
+) -> tuple[Tensor, Tensor]:
     """(M, K) and one calibrated step (1,) float32 -> codes (M, K) and that step for every row, float32 (M, 1).
+
+    `factor` (K,), powers of two: what x is multiplied by first; it goes into the division by the step.
 
     What lies outside the calibrated range saturates at 127 steps: that is what static means. A row that holds NaN or
     Inf still gets the scale NaN.
     """
-    rounded = torch.round(x.to(torch.float32) * (1.0 / step))
+    rounded = torch.round(x.to(torch.float32) * inverse_step(step, factor))
     codes = rounded.clamp(-CODE_MAX, CODE_MAX)
     codes = (codes + ZERO_POINT).to(torch.uint8) if unsigned else codes.to(torch.int8)
     return codes, fixed_scale(rounded.sum(dim=-1, keepdim=True), step)
+
+
+def inverse_step(step: Tensor, factor: Tensor | None) -> Tensor:
+    """What an input is multiplied by on its way to codes: (1,), or (K,) with a factor, a power of two, in it."""
+    inverse = 1.0 / step
+    return inverse if factor is None else inverse * factor
 
 
 def fixed_scale(total: Tensor, step: Tensor) -> Tensor:
@@ -109,19 +125,26 @@ def fixed_scale(total: Tensor, step: Tensor) -> Tensor:
     return torch.where(torch.isfinite(total), step, float("nan"))
 
 
-def watch_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, K) for a kernel that quantises for itself -> x and (M, 1) float32: 1, or NaN where the row is not finite."""
+def watch_rows(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(M, K) for a kernel that quantises for itself -> x and (M, 1) float32: 1, or NaN where the row is not finite.
+
+    With a `factor` (K,) x is multiplied by it first: such a kernel has no pass of ours to do it in.
+    """
+    x = x if factor is None else x * factor.to(x.dtype)
     finite = torch.isfinite(x.abs().amax(dim=-1, keepdim=True))
     return x, torch.where(finite, 1.0, float("nan")).to(torch.float32)
 
 
-def quantise_as(x: Tensor, activations: Activations) -> tuple[Tensor, Tensor]:
-    """(M, K) float -> what a kernel of that kind takes, and (M, 1) float32; plain operations, for compiled graphs."""
+def quantise_as(x: Tensor, activations: Activations, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(M, K) float, times `factor` (K,) -> what a kernel of that kind takes, and (M, 1) float32.
+
+    Plain operations, for compiled graphs.
+    """
     if activations == "float":
-        return watch_rows(x)
+        return watch_rows(x, factor)
     if activations == "float8":
-        return quantise_rows_fp8(x)
-    return quantise_rows(x, unsigned=activations == "uint8")
+        return quantise_rows_fp8(x, factor)
+    return quantise_rows(x, factor, unsigned=activations == "uint8")
 
 
 def dequantise(codes: Tensor, scale: Tensor) -> Tensor:

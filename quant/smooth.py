@@ -5,7 +5,8 @@ it. The factors are rounded to powers of two, which costs the balance a factor o
 transformation exact in every floating dtype: nothing is rounded, the float model computes the same bits.
 
 Where the producer of x is linear in each channel the division costs nothing, because it goes into the producer: `FOLDS`
-lists those of a Wan block. Everywhere else the layer multiplies its input itself (`pre_quant_scale`).
+lists those of a Wan block. Everywhere else the layer multiplies its input itself (`pre_quant_scale`),
+within the pass that quantises it.
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit
-def _quantise_kernel(x, codes, scale, K, stride, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise_kernel(
+    x, codes, scale, factor, K, stride, GELU: tl.constexpr, HAS_FACTOR: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < K
@@ -50,6 +52,8 @@ def _quantise_kernel(x, codes, scale, K, stride, GELU: tl.constexpr, BLOCK: tl.c
     if GELU:
         cubic = values + 0.044715 * values * values * values
         values = values / (1.0 + tl.exp(tl.minimum(-1.5957691216057308 * cubic, 80.0)))
+    if HAS_FACTOR:
+        values *= tl.load(factor + column, mask=inside, other=0.0)
     # max drops NaN; this sum is 0 for finite rows and NaN for a row with NaN or Inf.
     poison = tl.sum(values * 0.0, axis=0)
     step = tl.maximum(tl.max(tl.abs(values), axis=0) / 127.0, _FLOOR)
@@ -99,10 +103,10 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def quantise_rows(x: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
+def quantise_rows(x: Tensor, factor: Tensor | None = None, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
     """(M, K) float, rows contiguous -> int8 codes (M, K) and float32 scales (M, 1); see `quant.primitives`.
 
-    `gelu`: of GELU (tanh) of x.
+    `gelu`: of GELU (tanh) of x. `factor` (K,) float32: what the values are multiplied by before they are quantised.
     """
     x = (x if x.dtype != torch.float64 else x.float()).contiguous()
     m, k = x.shape
@@ -111,8 +115,9 @@ def quantise_rows(x: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
     block = triton.next_power_of_2(k)
     with _on(x.device):
         _quantise_kernel[(m,)](
-            x, codes, scale, k, x.stride(0), GELU=gelu, BLOCK=block, num_warps=4 if block <= 4096 else 8
-        )
+            x, codes, scale, scale if factor is None else factor.contiguous(), k, x.stride(0), GELU=gelu,
+            HAS_FACTOR=factor is not None, BLOCK=block, num_warps=4 if block <= 4096 else 8,
+        )  # fmt: skip
     return codes, scale
 
 

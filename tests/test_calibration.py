@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from export import convert_checkpoint, open_bundle, quantise_source, read_manifest, write_bundle
-from export.calibrate import Activations, calibrate, default_frames, linear_weights
+from export.calibrate import Activations, calibrate, default_frames, learn, linear_weights
 from export.dialects import export_bundle, import_dialect
 from export.manifest import Source
 from export.onestep import ONE_STEP, one_step
@@ -26,9 +26,10 @@ from ispa_deploy.linear import Linear
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions, open_stream
 from ispa_deploy.specs import SPECS
-from quant import SCHEMES, quantise_
+from quant import SCHEMES, measure, quantise_
 from quant.convert import kept, prepare_
 from quant.layers import StaticInt8Linear
+from quant.measure import plan_for
 from quant.ranges import SAMPLE_ROWS, Observer
 from quant.smooth import Smoothing, smooth_
 from tests.bundles import contents
@@ -221,6 +222,26 @@ def test_a_checkpoint_is_calibrated_as_the_whole_model_would_be(
         assert float(layer.input_scale) == pytest.approx(found.ranges()["blocks.0.self_attn.o"] / 127)
     assert layer.pre_quant_scale is None
     assert (opened.blocks[0].ffn[2].pre_quant_scale is not None) == (smooth == "all")
+
+
+def test_a_checkpoint_is_planned_by_what_it_multiplies(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own weights and calibrated activations, as for a whole model; a loud layer shows. Only the clock is set."""
+    monkeypatch.setattr(measure, "_times", lambda layers, *_: {name: float(name == "none") for name in layers})
+    asked = Activations(prompts=tmp_path / "rows.safetensors", frames=FRAMES)
+    folder, report = quantise_source(
+        checkpoint, tmp_path / "b", scheme=INT8, model=SHORT, plan="auto", activations=asked
+    )  # fmt: skip
+    model, source = load_source(checkpoint, model=SHORT)
+    known = learn(model, source, INT8, (), asked, lambda _: None)
+    assert report.plan == plan_for("auto", model, SHORT, [INT8], activations=known.samples)
+    assert report.plan is not None
+    assert read_manifest(folder).plan == report.plan.to_dict()
+    assert len({row.error["w8a8-int8"] for row in report.plan.layers}) == len(report.plan.layers)
+    _, blind = quantise_source(checkpoint, tmp_path / "blind", scheme=INT8, model=SHORT, plan="auto")
+    assert blind.plan is not None
+    assert blind.plan.layers != report.plan.layers
 
 
 def first_latents(model: CausalWanDiT) -> Tensor:

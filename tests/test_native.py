@@ -86,6 +86,9 @@ def test_quantisation_and_rescaling_are_the_plain_ones_bit_for_bit(dtype: torch.
         scale = elementwise.quantise(x)[1]
         assert scale[3].isnan()
         assert scale[[0, 1, 2, 4]].isfinite().all()
+    x[3, 5], by = 0, torch.exp2(torch.randint(-6, 7, (96,)).float())
+    for got, want in zip(elementwise.quantise(x, by), quantise_rows(x, by, unsigned=True), strict=True):
+        assert torch.equal(got, want)
     product, factor, bias = torch.randn(9, 32).to(dtype), torch.rand(9, 1), torch.randn(32)
     for wanted in (None, bias):
         for out in (BF16, torch.float32):
@@ -103,16 +106,31 @@ def test_gelu_and_its_quantisation() -> None:
     torch.testing.assert_close(scale.double(), exact.abs().amax(-1, keepdim=True) / 127, rtol=1e-5, atol=0)
     error = (codes.double() - 128) * scale.double() - exact
     assert float((error.abs() / scale.double()).max()) <= 0.501
+    by = torch.exp2(torch.randint(-6, 7, (64,)).float())
+    codes, scale = elementwise.gelu_quantise(product, factor, bias, by)
+    torch.testing.assert_close(scale.double(), (exact * by).abs().amax(-1, keepdim=True) / 127, rtol=1e-5, atol=0)
+    assert float((((codes.double() - 128) * scale.double() - exact * by).abs() / scale.double()).max()) <= 0.501
     product[2, 3] = float("nan")
     assert elementwise.gelu_quantise(product, factor, bias)[1].isnan().flatten().nonzero().flatten().tolist() == [2]
 
 
-def test_an_8_bit_feed_forward_hands_on_quantised_rows() -> None:
+def _with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:
+    made = nn.Linear(linear.in_features, linear.out_features)
+    made.weight, made.bias = nn.Parameter(weight.detach()), linear.bias
+    return made
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_an_8_bit_feed_forward_hands_on_quantised_rows(smooth: bool) -> None:
     """Against float64 no worse than the layers called one by one, counted as run, and not taken while watched."""
     up, down = nn.Linear(64, 96, dtype=BF16), nn.Linear(96, 64, dtype=BF16)
     x = torch.randn(2, 20, 64).to(BF16) * 2
     exact = down.double()(F.gelu(up.double()(x.double()), approximate="tanh"))
     eight = [Int8Linear.from_float(layer) for layer in (up, down)]
+    if smooth:
+        by = torch.exp2(torch.randint(-3, 4, (96,)).float())
+        eight[1] = Int8Linear.from_float(_with_weight(down, down.weight.float() / by))
+        eight[1].pre_quant_scale = by
     for layer in eight:
         layer.prepare()
     gelu = nn.GELU(approximate="tanh")

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from ispa_deploy.errors import InputError
+from ispa_deploy.native import elementwise
 from quant import kernels, kernels_cpu
 from quant.kernels import Kernel, kernel_for, refusal
 from quant.kernels_cpu import INT_MM, ONEDNN
@@ -108,11 +110,12 @@ def test_an_inexact_kernel_is_refused_and_the_stand_in_says_what_it_is(monkeypat
 
 @pytest.mark.parametrize("unsigned", [False, True])
 @pytest.mark.parametrize("m", [1, 127, 300])
-def test_eager_passes_equal_the_plain_ones(unsigned: bool, m: int) -> None:
+@pytest.mark.parametrize("factor", [None, torch.exp2(torch.arange(50) % 9 - 4.0)])
+def test_eager_passes_equal_the_plain_ones(factor: Tensor | None, unsigned: bool, m: int) -> None:
     x = (torch.randn(m, 50) * 3).bfloat16()
     x[0, 0] = math.nan
-    codes, scale = kernels_cpu._codes_eager(x, unsigned)
-    want_codes, want_scale = quantise_rows(x, unsigned=unsigned)
+    codes, scale = kernels_cpu._codes_eager(x, factor, unsigned)
+    want_codes, want_scale = quantise_rows(x, factor, unsigned=unsigned)
     assert torch.equal(codes[1:], want_codes[1:])
     torch.testing.assert_close(scale, want_scale, rtol=0, atol=0, equal_nan=True)
     product, bias = torch.randn(m, 50), torch.randn(50)
@@ -130,6 +133,7 @@ def test_without_a_compiler_large_passes_run_eagerly_and_say_so_once(monkeypatch
     monkeypatch.setattr(kernels_cpu.elementwise, "applies", lambda *_, **__: False)  # as where no C kernel runs
     fresh = kernels_cpu._Accelerated(kernels_cpu._codes, kernels_cpu._codes_eager)
     monkeypatch.setattr(kernels_cpu, "_QUANTISE", fresh)
+    monkeypatch.setattr(elementwise, "library", lambda: None)  # whose passes need no compiling by torch
     assert kernels_cpu.compile_note() is None
     x = torch.randn(kernels_cpu.COMPILE_FROM // 512, 512)
     codes, scale = ONEDNN.quantise(x)
@@ -145,6 +149,7 @@ def test_without_a_compiler_large_passes_run_eagerly_and_say_so_once(monkeypatch
 def test_small_passes_never_ask_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = kernels_cpu._Accelerated(kernels_cpu._codes, kernels_cpu._codes_eager)
     monkeypatch.setattr(kernels_cpu, "_QUANTISE", fresh)
+    monkeypatch.setattr(elementwise, "library", lambda: None)  # whose passes need no compiling by torch
     ONEDNN.quantise(torch.randn(75, 256))
     assert fresh.compiled is None
     assert fresh.failure is None
@@ -156,9 +161,9 @@ def test_compiled_passes_give_the_same_bits() -> None:
     passes = kernels_cpu._Accelerated(kernels_cpu._codes, kernels_cpu._codes_eager, threshold=0)
     rescales = kernels_cpu._Accelerated(kernels_cpu.rescale, kernels_cpu._rescale_eager, threshold=0)
     x, product, bias = torch.randn(150, 256).bfloat16(), torch.randn(150, 64).bfloat16(), torch.randn(64)
-    for unsigned in (True, False):
-        codes, scale = passes(x, unsigned)
-        want_codes, want_scale = passes.eager(x, unsigned)
+    for unsigned, factor in ((True, None), (False, torch.exp2(torch.arange(256) % 9 - 4.0)), (False, None)):
+        codes, scale = passes(x, factor, unsigned)
+        want_codes, want_scale = passes.eager(x, factor, unsigned)
         assert torch.equal(codes, want_codes)
         assert torch.equal(scale, want_scale)
         got = rescales(product, scale, bias, torch.bfloat16)

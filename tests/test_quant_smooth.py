@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ispa_deploy.delta import Delta
 from ispa_deploy.errors import InputError
 from ispa_deploy.model import CausalWanDiT
+from ispa_deploy.native import elementwise
 from quant.convert import convert_linear, quantise_
+from quant.kernels import candidates, quantise, refusal, stand_in
 from quant.layers import LAYERS
 from quant.linear import QuantisedLinear
 from quant.schemes import SCHEMES, LayerKind
@@ -144,6 +148,64 @@ def test_deltas_of_a_layer_that_smooths(mode: str) -> None:
     assert float((layer(x).double() - want).norm() / want.norm()) < 2e-2
     layer.set_delta(None)
     assert torch.equal(layer(x), before)
+
+
+def test_a_fit_to_the_codes_sees_the_input_in_its_own_units() -> None:
+    linear, x = nn.Linear(240, 96), torch.randn(64, 240) * loud(240)
+    layer = layer_of("int8", linear, x, True)
+    assert float((layer.multiplied(x) - x).norm() / x.norm()) < 2e-2
+
+
+class _Made(TorchDispatchMode):
+    """Notes every floating-point tensor of a given size that an operation makes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.operations = size, list[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else (made,):
+            views = function.is_view or function in (torch.ops.aten._to_copy.default, torch.ops.aten.detach.default)
+            if isinstance(one, Tensor) and one.is_floating_point() and one.numel() == self.size and not views:
+                self.operations.append(str(function))
+        return made
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-static"])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_smoothing_takes_place_inside_the_quantiser(
+    kind: LayerKind, native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits of multiplying first, and no tensor of the activations' size in between: in C and in steps of rows."""
+    if not native:
+        monkeypatch.setattr(elementwise, "library", lambda: None)
+    linear, x = nn.Linear(240, 96), (torch.randn(700, 240) * loud(240)).to(dtype)
+    layer = layer_of(kind, linear, x.float(), True)
+    assert layer.pre_quant_scale is not None
+    layer.prepare()
+    rows, plain = layer.quantise(x), layer_of(kind, linear, x.float(), True)
+    by, plain.pre_quant_scale = layer.pre_quant_scale, None
+    want = plain.quantise(x * by.to(dtype))
+    assert torch.equal(rows.codes, want.codes)
+    assert torch.equal(rows.scale, want.scale)
+    with _Made(x.numel()) as made:
+        layer.quantise(x)
+    assert made.operations == []
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_kernel_multiplies_by_the_factor(kind: LayerKind) -> None:
+    """Each that runs here, and its stand-in, against the product taken first."""
+    x, by = torch.randn(40, 48) * loud(48), torch.exp2(torch.randint(-6, 7, (48,)).float())
+    step = torch.tensor([0.05]) if kind == "int8-static" else None
+    for kernel in [*candidates(kind, "cpu"), stand_in(kind, "cpu")]:
+        if refusal(kernel, "cpu") is None:
+            got, want = kernel.quantise(x, step, by), kernel.quantise(x * by, step)
+            for one, other in zip((*got, *quantise(x[:0], kernel, step, by)), (*want, *quantise(x[:0], kernel, step)),
+                                  strict=True):  # fmt: skip
+                assert torch.equal(one.float(), other.float())
 
 
 def test_special_rows_of_a_layer_that_smooths() -> None:

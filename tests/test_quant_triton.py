@@ -60,6 +60,11 @@ def test_quantiser_equals_the_plain_one(kernels: ModuleType) -> None:
         torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0, equal_nan=True)
         fine = [0, *range(3, 9)]
         assert int((codes[fine].int() - want_codes[fine].int()).abs().max()) <= (1 if DEVICE == "cuda" else 0)
+        by = torch.exp2(torch.randint(-6, 7, (300,), device=DEVICE).float())
+        codes, scale = kernels.quantise_rows(x[3:].to(dtype), by)
+        want_codes, want_scale = quantise_rows(x[3:].to(dtype), by)
+        torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0)
+        assert int((codes.int() - want_codes.int()).abs().max()) <= (1 if DEVICE == "cuda" else 0)
 
 
 def test_quantiser_after_gelu_against_float64(kernels: ModuleType) -> None:

@@ -51,19 +51,26 @@ static inline __m512 gelu_tanh(__m512 x) {
   return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp2_ps(power)));
 }
 
-static inline __attribute__((always_inline)) void quantise_row(
-    const void *x, int64_t at, int64_t columns, int wide, uint8_t *codes, float *scale) {
-  __m512i most = _mm512_setzero_si512();
-  for (int64_t c = 0; c < columns; c += 16) most = larger(most, load(x, at + c, wide));
-  *scale = step_of(most);
-  const __m512 inverse = _mm512_set1_ps(1.0f / *scale);
-  for (int64_t c = 0; c < columns; c += 16) store_code(codes + c, load(x, at + c, wide), inverse);
+/* x, times `by` where channels are smoothed */
+static inline __m512 smoothed(const void *x, int64_t at, int64_t column, int wide, const float *by) {
+  const __m512 value = load(x, at + column, wide);
+  return by ? _mm512_mul_ps(value, _mm512_loadu_ps(by + column)) : value;
 }
 
-/* x (rows, columns) with `stride` between rows -> codes (rows, columns) uint8, scale (rows) */
-void ispa_quantise(const void *x, int wide, int64_t rows, int64_t columns, int64_t stride, uint8_t *codes, float *scale) {
-  if (wide) FOR_ROWS quantise_row(x, row * stride, columns, 1, codes + row * columns, scale + row);
-  else FOR_ROWS quantise_row(x, row * stride, columns, 0, codes + row * columns, scale + row);
+static inline __attribute__((always_inline)) void quantise_row(
+    const void *x, int64_t at, int64_t columns, int wide, const float *by, uint8_t *codes, float *scale) {
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t c = 0; c < columns; c += 16) most = larger(most, smoothed(x, at, c, wide, by));
+  *scale = step_of(most);
+  const __m512 inverse = _mm512_set1_ps(1.0f / *scale);
+  for (int64_t c = 0; c < columns; c += 16) store_code(codes + c, smoothed(x, at, c, wide, by), inverse);
+}
+
+/* x (rows, columns) with `stride` between rows, times by (columns) or NULL -> codes (rows, columns) uint8, scale (rows) */
+void ispa_quantise(const void *x, int wide, int64_t rows, int64_t columns, int64_t stride, const float *by, uint8_t *codes, float *scale) {
+  if (by) FOR_ROWS quantise_row(x, row * stride, columns, wide, by, codes + row * columns, scale + row);
+  else if (wide) FOR_ROWS quantise_row(x, row * stride, columns, 1, NULL, codes + row * columns, scale + row);
+  else FOR_ROWS quantise_row(x, row * stride, columns, 0, NULL, codes + row * columns, scale + row);
 }
 
 static inline __m512 rescaled(const void *x, int64_t at, int wide, __m512 factor, const float *bias, int64_t column) {
@@ -82,14 +89,15 @@ void ispa_rescale(const void *x, int wide, const float *scale, const float *bias
   }
 }
 
-/* GELU(x * scale + bias) -> codes and scales of the next product */
-void ispa_gelu_quantise(const void *x, int wide, const float *scale, const float *bias, uint8_t *codes, float *next, int64_t rows, int64_t columns) {
+/* GELU(x * scale + bias), times by (columns) or NULL -> codes and scales of the next product */
+void ispa_gelu_quantise(const void *x, int wide, const float *scale, const float *bias, const float *by, uint8_t *codes, float *next, int64_t rows, int64_t columns) {
   FOR_ROWS {
     float values[ROW_LIMIT];
     const __m512 factor = _mm512_set1_ps(scale[row]);
     __m512i most = _mm512_setzero_si512();
     for (int64_t c = 0; c < columns; c += 16) {
-      const __m512 value = gelu_tanh(rescaled(x, row * columns + c, wide, factor, bias, c));
+      __m512 value = gelu_tanh(rescaled(x, row * columns + c, wide, factor, bias, c));
+      if (by) value = _mm512_mul_ps(value, _mm512_loadu_ps(by + c));
       _mm512_storeu_ps(values + c, value);
       most = larger(most, value);
     }

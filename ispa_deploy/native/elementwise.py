@@ -106,14 +106,16 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return y
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, K) bfloat16 or float32 -> uint8 codes (M, K), zero point 128, and float32 scales (M, 1): the bits of
-    `quant.primitives.quantise_rows`."""
+def quantise(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(M, K) bfloat16 or float32, times `by` (K,) float32 -> uint8 codes (M, K), zero point 128, and float32 scales
+    (M, 1): the bits of `quant.primitives.quantise_rows`."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, columns = x.shape
     codes, scale = torch.empty(rows, columns, dtype=torch.uint8), torch.empty(rows, 1)
     wide = _INT(x.dtype == torch.float32)
-    _native().ispa_quantise(_at(x), wide, _LONG(rows), _LONG(columns), _LONG(x.stride(0)), _at(codes), _at(scale))
+    by = None if by is None else by.contiguous()
+    sizes = map(_LONG, (rows, columns, x.stride(0)))
+    _native().ispa_quantise(_at(x), wide, *sizes, _at(by), _at(codes), _at(scale))
     return codes, scale
 
 
@@ -136,12 +138,18 @@ def gelu_(x: Tensor) -> Tensor:
     return rescale(rows, torch.ones(len(rows), 1), None, x.dtype, gelu=True).view(x.shape)
 
 
-def gelu_quantise(product: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """GELU (tanh) of product (M, N) times scale (M, 1) plus bias (N,) -> uint8 codes (M, N) and scales (M, 1)."""
+def gelu_quantise(
+    product: Tensor, scale: Tensor, bias: Tensor | None, by: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """GELU (tanh) of product (M, N) times scale (M, 1) plus bias (N,) -> uint8 codes (M, N) and scales (M, 1).
+
+    `by` (N,) float32: what the values are multiplied by before they are quantised.
+    """
     product = product.contiguous()
     rows, columns = product.shape
     codes, after = torch.empty(rows, columns, dtype=torch.uint8), torch.empty(rows, 1)
-    factors = scale.contiguous(), None if bias is None else bias.to(torch.float32).contiguous()
+    floats = (None if bias is None else bias.to(torch.float32).contiguous(), None if by is None else by.contiguous())
+    factors = scale.contiguous(), *floats
     wide = _INT(product.dtype == torch.float32)
     _native().ispa_gelu_quantise(
         _at(product), wide, *map(_at, factors), _at(codes), _at(after), _LONG(rows), _LONG(columns)
