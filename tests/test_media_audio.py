@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import wave
 from pathlib import Path
 
@@ -94,6 +95,16 @@ def test_what_is_no_sound_is_refused(tmp_path: Path, content: bytes | None, part
         assert all(part in str(error.value) for part in parts)
 
 
+def test_samples_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    samples = np.zeros(800, np.float32)
+    samples[7] = np.nan
+    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + 3200, b"WAVE", b"fmt ", 16, 3, 1, 16000, 64000, 4, 32,
+                       b"data", 3200)  # fmt: skip
+    (tmp_path / "a.wav").write_bytes(head + samples.tobytes())
+    with pytest.raises(InputError, match=r"a\.wav' holds NaN or Inf"):
+        read_audio(tmp_path / "a.wav")
+
+
 def test_a_silent_film_and_an_empty_file_have_no_sound(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "v.mp4", fps=8) as writer:
         writer.write(torch.zeros(2, 3, 16, 16))
@@ -166,6 +177,9 @@ def test_a_folder_that_is_no_wav2vec2_is_refused(folder: Path, tmp_path: Path) -
         {"format": "pt"},
     )
     with pytest.raises(InputError, match=r"lacks 1 tensors .*q_proj"):
+        open_wav2vec2(tmp_path)
+    save_file({**tensors, name: tensors[name] * torch.nan}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"q_proj.weight holds NaN or Inf"):
         open_wav2vec2(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(InputError, match="copy the whole folder"):

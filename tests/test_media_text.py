@@ -354,6 +354,9 @@ def test_what_cannot_be_used_is_refused_in_one_line(files: Path, tmp_path: Path)
 
     lacking = encoder("lacking.pth", {n: t for n, t in good.items() if n != "blocks.1.attn.k.weight"})
     rejected("1 missing .*block.1.layer.0.SelfAttention.k", lambda: reader(lacking, tokenizer=tokenizer).rows(["a"]))
+    name = "blocks.1.attn.k.weight"
+    damaged = encoder("damaged.pth", {**good, name: torch.full_like(good[name], torch.nan)})
+    rejected("1.layer.0.SelfAttention.k.weight holds NaN", lambda: reader(damaged, tokenizer=tokenizer).rows(["a"]))
     extra = encoder("extra.pth", {**good, "lm_head.weight": torch.zeros(1)})
     rejected("1 unexpected .*lm_head", lambda: reader(extra, tokenizer=tokenizer).rows(["a"]))
     other = encoder("other.pth", {"x": torch.zeros(2, 2)})

@@ -286,6 +286,10 @@ def test_what_cannot_be_used_is_refused_in_one_line(library: Any, tmp_path: Path
     good = library.state_dict()
     lacking = vae({name: tensor for name, tensor in good.items() if name != "decoder.conv_in.bias"})
     refused("1 missing .decoder.conv_in.bias", lambda: open_vae(lacking, SPEC, CPU))
+    for bad in (float("nan"), float("inf")):
+        name = "encoder.conv_in.weight"
+        damaged = vae({**good, name: good[name].clone().index_fill_(0, torch.tensor([2]), bad)})
+        refused("encoder.conv_in.weight holds NaN or Inf", lambda path=damaged: open_vae(path, SPEC, CPU))
     refused("no tensor 'post_quant_conv.weight'", lambda: open_vae(vae({"x": torch.zeros(1)}), SPEC, CPU))
     refused("48 channels", lambda: wan_vae({"post_quant_conv.weight": torch.zeros(48, 48, 1, 1, 1)}, "here"))
     refused("expected a file, or a folder", lambda: open_vae(tmp_path / "none.pth", SPEC, CPU))

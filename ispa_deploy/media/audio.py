@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ispa_deploy.errors import InputError
-from ispa_deploy.media.weights import library
+from ispa_deploy.media.weights import check_finite, library
 
 if TYPE_CHECKING:
     import av
@@ -140,6 +140,7 @@ def open_wav2vec2(folder: Path, device: torch.device | str = "cpu") -> AudioEnco
     missing = sorted(found["missing_keys"])
     if missing:
         raise InputError(f"audio encoder '{folder}' lacks {len(missing)} tensors ({missing[0]}): expected wav2vec2")
+    check_finite(model.state_dict(), f"audio encoder '{folder}'")
     return AudioEncoder(model.eval().requires_grad_(False).to(device), extractor)
 
 
