@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ispa_deploy.cache import KVCache, WindowCache
+from ispa_deploy.cache import KVCache
 from ispa_deploy.errors import InputError
 from ispa_deploy.kvstore import Layout, Store
+from ispa_deploy.layercache import WindowCache
 from ispa_deploy.slots import WindowSlots
 from ispa_deploy.specs import ModelSpec
 from tests.living import living_bytes

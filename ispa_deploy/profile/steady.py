@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ispa_deploy.absorb.stats import Statistics
-from ispa_deploy.cache import WindowCache
 from ispa_deploy.delta import Delta
+from ispa_deploy.layercache import WindowCache
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions, open_stream
 from ispa_deploy.sampler import Sampler, Schedule
