@@ -112,7 +112,10 @@ def convert_checkpoint(
     planned = plan_for(
         plan, network, weights.spec, candidates or [scheme], skip=skip, activations=known.samples, read=weights.read
     )
-    conversion = _Conversion(weights, scheme, kept(network, scheme, skip, planned), planned, known)
+    reasons = kept(network, scheme, skip, planned)
+    eight = {name for name, reason in reasons.items() if reason is None}
+    known = replace(known, smooth=known.smooth.of_layers(eight))
+    conversion = _Conversion(weights, scheme, reasons, planned, known)
     conversion.check_ranges()
     folder = write_entries(
         out, conversion.entries(), spec=weights.spec, dtype=weights.dtype, scheme=scheme, report=conversion.report,

@@ -43,11 +43,13 @@ def report_errors(
         row["weight_sqnr_db"] = weights[row["name"]]
     document = {"scheme": bundle.manifest.scheme, "smooth": request.smooth, **document}
     replace_text(folder / ONE_STEP, json.dumps(document, indent=1, allow_nan=False) + "\n")
-    pooled, worst = document["model"]["pooled"], document["layers"][0]
+    pooled, worst = document["model"]["pooled"], "no linear in 8 bits"
+    if document["layers"]:
+        first = document["layers"][0]
+        worst = f"worst linear {first['name']}, {first['pooled']['sqnr_db']:.1f} dB"
     say(
         f"one step against {document['dtype']}: relative L2 {pooled['relative_l2']:.4f}, cosine "
-        f"{pooled['cosine']:.5f}; worst linear {worst['name']}, {worst['pooled']['sqnr_db']:.1f} dB; all in "
-        f"{folder / ONE_STEP}"
+        f"{pooled['cosine']:.5f}; {worst}; all in {folder / ONE_STEP}"
     )
     return document
 

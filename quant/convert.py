@@ -106,6 +106,7 @@ def quantise_(
         if reason is None:
             check_finite(linears[name].weight, f"{name}.weight")
             check_range(name, scheme_of(name, scheme, plan), amax)
+    smoothing = smoothing.of_layers({name for name, reason in reasons.items() if reason is None})
     smooth_(model, smoothing)
     rows = []
     for name, reason in reasons.items():

@@ -12,7 +12,7 @@ within the pass that quantises it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,11 @@ class Smoothing:
     def folded(self) -> Smoothing:
         """The part that leaves a floating-point model's outputs as they are, bit for bit."""
         return Smoothing.of({name: self.inputs[name] for name in self.producers}, self.producers)
+
+    def of_layers(self, eight: Container[str]) -> Smoothing:
+        """Without the factors that a linear would have to multiply by and is not in `eight`: a plain one cannot."""
+        inputs = {name: factor for name, factor in self.inputs.items() if name in self.producers or name in eight}
+        return Smoothing.of(inputs, self.producers)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """The parameter called `name` as the smoothed model holds it; the tensor itself where nothing changes."""

@@ -228,7 +228,7 @@ def test_a_checkpoint_is_planned_by_what_it_multiplies(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own weights and calibrated activations, as for a whole model; a loud layer shows. Only the clock is set."""
-    monkeypatch.setattr(measure, "_times", lambda layers, *_: {name: float(name == "none") for name in layers})
+    monkeypatch.setattr(measure, "_times", lambda layers, *_: {name: 1.0 + (name == "none") for name in layers})
     asked = Activations(prompts=tmp_path / "rows.safetensors", frames=FRAMES)
     folder, report = quantise_source(
         checkpoint, tmp_path / "b", scheme=INT8, model=SHORT, plan="auto", activations=asked
@@ -239,6 +239,16 @@ def test_a_checkpoint_is_planned_by_what_it_multiplies(
     assert report.plan is not None
     assert read_manifest(folder).plan == report.plan.to_dict()
     assert len({row.error["w8a8-int8"] for row in report.plan.layers}) == len(report.plan.layers)
+    # Smoothed where it is folded alone, for every layer stays: the same function, and a report that says so.
+    monkeypatch.setattr(measure, "_times", lambda layers, *_: {name: 1.0 + (name != "none") for name in layers})
+    told: list[str] = []
+    everywhere = replace(asked, smooth="all", report=True)
+    kept_all, _ = quantise_source(
+        checkpoint, tmp_path / "kept", scheme=INT8, model=SHORT, plan="auto", activations=everywhere, say=told.append
+    )  # fmt: skip
+    assert torch.equal(first_latents(open_bundle(kept_all).model), first_latents(model))
+    assert any("relative L2 0.0000, cosine 1.00000; no linear in 8 bits" in line for line in told)
+    monkeypatch.undo()
     _, blind = quantise_source(checkpoint, tmp_path / "blind", scheme=INT8, model=SHORT, plan="auto")
     assert blind.plan is not None
     assert blind.plan.layers != report.plan.layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -18,6 +19,7 @@ from quant.convert import convert_linear, quantise_
 from quant.kernels import candidates, quantise, refusal, stand_in
 from quant.layers import LAYERS
 from quant.linear import QuantisedLinear
+from quant.plan import Plan, PlannedLayer
 from quant.schemes import SCHEMES, LayerKind
 from quant.smooth import FOLDS, NOTHING, Smoothing, columns, factors, smooth_, smoothing
 from tests.tiny import SPEC, latents_of, tiny_model, tiny_stream
@@ -230,6 +232,20 @@ def test_a_smoothed_model_in_eight_bits_is_still_the_model() -> None:
     got = latents_of(tiny_stream(model, frames=3, policy="full"))
     assert float((got - want).norm() / want.norm()) < 0.05
     assert all(row.sqnr_db is not None and row.sqnr_db > 25 for row in report.rows if row.quantised)
+
+
+def test_a_layer_that_a_plan_keeps_is_smoothed_only_where_that_is_folded() -> None:
+    """A floating-point linear cannot multiply its input: a plan without eight bits leaves every bit of the stream."""
+    model, smooth = model_and_smoothing("all")
+    want = latents_of(tiny_stream(model, frames=6, policy="full"))
+    shape = {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in LINEARS}
+    for eight in ((), LINEARS[::3]):
+        schemes = {name: "w8a8-int8" if name in eight else "none" for name in LINEARS}
+        layers = tuple(PlannedLayer(name, shape[name], 1, schemes[name], {}, "told") for name in LINEARS)
+        plan, own = Plan("cpu", 1, "float32", 0.05, (), layers), copy.deepcopy(model)
+        quantise_(own, SCHEMES["w8a8-int8"], plan=plan, smoothing=smooth)
+        got = latents_of(tiny_stream(own, frames=6, policy="full"))
+        assert torch.equal(got, want) if not eight else float((got - want).norm() / want.norm()) < 0.05
 
 
 def test_unknown_modes_are_refused() -> None:

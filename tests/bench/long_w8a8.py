@@ -11,12 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from export import open_bundle, quantise_source
+from export.calibrate import Activations
 from export.sources import load_source
 from ispa_deploy.demo.codec import BlockCodec
 from ispa_deploy.demo.metrics import scene_report
@@ -27,7 +30,9 @@ from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions, open_stream
 from ispa_deploy.profile.environment import environment
 from ispa_deploy.profile.files import write_json
-from quant import SCHEMES, assert_ran, quantise_
+from quant import SCHEMES, assert_ran
+from quant.schemes import Scheme
+from quant.smooth import MODES
 
 WARMUP, MARGIN = 12, 0.02
 # Metrics of which more is worse; for the others less is.
@@ -71,6 +76,14 @@ def judged(name: str, floating: list[float], eight: list[float]) -> dict[str, An
     return {"full": base, "w8a8": eight_mean, "difference": difference._asdict(), "margin": margin, "verdict": verdict}
 
 
+def quantised(scheme: Scheme, skip: list[str], smooth: str) -> CausalWanDiT:
+    """The demo model as `ispa-deploy quantize demo` makes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "bundle"
+        quantise_source("demo", out, scheme=scheme, skip=skip, activations=Activations(smooth=smooth))
+        return open_bundle(out).model
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 1 where a metric is worse."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,12 +92,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=48)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--scheme", choices=[name for name in SCHEMES if name != "none"], default="w8a8-int8")
+    parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="as in `quantize`")
+    parser.add_argument("--smooth", choices=MODES, default="none", help="as in `quantize`")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     pairs, frames = list(demo_pairs(arguments.pairs, seed=5)), 3 * arguments.chunks
     floating, _ = load_source("demo", dtype=torch.float32)
-    eight, _ = load_source("demo", dtype=torch.float32)
-    quantise_(eight, SCHEMES[arguments.scheme])
+    eight = quantised(SCHEMES[arguments.scheme], arguments.skip, arguments.smooth)
     full = reports(floating, pairs, frames, arguments.batch)
     ours = reports(eight, pairs, frames, arguments.batch)
     assert_ran(eight)
@@ -96,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
         "command": " ".join(["python -m tests.bench.long_w8a8", *(argv if argv is not None else sys.argv[1:])]),
         "env": environment(torch.device("cpu")),
         "scheme": arguments.scheme,
+        "skip": arguments.skip,
+        "smooth": arguments.smooth,
         "chunks": arguments.chunks,
         "pairs": len(pairs),
         "margin": MARGIN,
