@@ -7,6 +7,8 @@ numbers random.
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +23,11 @@ from typer.testing import CliRunner
 
 from cli import app
 from ispa_deploy.avatar.model import CausalS2V
-from ispa_deploy.errors import InputError
+from ispa_deploy.errors import InputError, RunError
 from ispa_deploy.media.audio import read_audio
 from ispa_deploy.media.image import read_image
 from ispa_deploy.media.video import read_video
+from ispa_deploy.sampler import Sampler
 from ispa_deploy.specs import SPECS
 from tests.test_media_audio import LAYERS, WIDTH, tiny_wav2vec2, tone, write_wav
 from tests.test_media_vae import upstream_name
@@ -241,6 +244,84 @@ def test_options_that_do_not_fit_are_refused(
     done = invoke("run", bundle, *given, *flags, "--latents", bundle.parent / "m.safetensors")
     assert isinstance(done.exception, InputError)
     assert "\n" not in str(done.exception)
+
+
+INJECTED = "audio_injector.injector.2.q.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: {n: v for n, v in t.items() if n != INJECTED}, f"1 tensors missing ({INJECTED})"),
+        (lambda t: {**t, "audio_injector.extra": torch.ones(2)}, "1 unexpected (audio_injector.extra)"),
+        (lambda t: {**t, INJECTED: torch.ones(64, 3)}, INJECTED),
+        (lambda t: {**t, INJECTED: t[INJECTED] * torch.nan}, f"{INJECTED} holds"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_told_by_its_tensors(
+    weights: dict[str, Tensor], tmp_path: Path, change: Any, said: str
+) -> None:
+    save_file(change(weights), tmp_path / "base.safetensors")
+    done = invoke("quantize", tmp_path / "base.safetensors", "--model", NAME, "-o", tmp_path / "b")
+    assert isinstance(done.exception, InputError)
+    assert said in str(done.exception)
+    assert [item.name for item in tmp_path.iterdir()] == ["base.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--frames", 20), "20 frames: expected 3 plus a multiple of 3"),
+        (("--height", 100), "--height 100: expected a multiple of 16 pixels; nearest is 96"),
+        (("--ratio", 1.5), "ratio 1.5"),
+        (("--warmup", 6), "warm-up of 6"),
+        (("--kv-frames", 6), "--kv-frames with model"),
+        (("--renew-sink",), "--renew-sink with model"),
+        (("--initial", "l.safetensors"), "l.safetensors"),
+    ],
+)
+def test_a_bad_number_is_one_line(
+    bundle: Path, given: tuple[object, ...], flags: tuple[object, ...], said: str, tmp_path: Path
+) -> None:
+    done = invoke("run", bundle, *given, *flags, "--latents", tmp_path / "m.safetensors")
+    assert isinstance(done.exception, InputError)
+    assert said in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_out_of_memory_names_what_this_model_can_do(
+    bundle: Path, given: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any) -> Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(Sampler, "denoise", fail)
+    done = invoke("run", bundle, *given, "--latents", tmp_path / "m.safetensors")
+    assert isinstance(done.exception, RunError)
+    for flag in ("--offload (", "--stats-device cpu (", "--height ", "--ratio 1 "):
+        assert flag in str(done.exception)
+    assert "--kv-dtype" not in str(done.exception), "its rings are not coded"
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_closes_the_video_with_its_sound(
+    bundle: Path, given: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    denoise = Sampler.denoise
+
+    def interrupted(self: Sampler, chunk: int, *rest: Any) -> Tensor:
+        if chunk == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return denoise(self, chunk, *rest)
+
+    monkeypatch.setattr(Sampler, "denoise", interrupted)
+    done = invoke("run", bundle, *given, "--out", tmp_path / "v.mp4", "--json")
+    assert done.exit_code == 130
+    assert json.loads(done.stdout)["complete"] is False
+    pictures, rate = read_video(tmp_path / "v.mp4")
+    assert (len(pictures), rate) == (1 + 4 * 5, 25)
+    assert len(read_audio(tmp_path / "v.mp4")) == pytest.approx(16000 * len(pictures) / rate, abs=2000)
 
 
 def test_another_resolution_and_what_is_foreseen_of_it(bundle: Path, given: tuple[object, ...], tmp_path: Path) -> None:

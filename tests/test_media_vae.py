@@ -312,6 +312,25 @@ def test_a_decoder_that_cannot_be_used_is_refused(name: str, match: str) -> None
     refused(match, lambda: decoder_factory(name, None, CPU)())
 
 
+class Planted:
+    """A pickle that would make a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_with_code_is_refused_and_does_not_run(library: Any, tmp_path: Path) -> None:
+    torch.save({**library.state_dict(), "x": Planted(tmp_path / "made")}, tmp_path / "Wan2.1_VAE.pth")
+    refused("Wan2.1_VAE.pth", lambda: open_vae(tmp_path, SPEC, CPU))
+    assert not (tmp_path / "made").exists()
+    whole = (tmp_path / "Wan2.1_VAE.pth").read_bytes()
+    (tmp_path / "Wan2.1_VAE.pth").write_bytes(whole[: len(whole) // 2])
+    refused("Wan2.1_VAE.pth", lambda: open_vae(tmp_path, SPEC, CPU))
+
+
 def test_without_diffusers_the_command_that_installs_it_is_named(
     upstream: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
