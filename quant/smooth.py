@@ -57,7 +57,7 @@ class Smoothing:
     def of_layers(self, eight: Container[str]) -> Smoothing:
         """Without the factors that a linear would have to multiply by and is not in `eight`: a plain one cannot."""
         inputs = {name: factor for name, factor in self.inputs.items() if name in self.producers or name in eight}
-        return Smoothing.of(inputs, self.producers)
+        return self if len(inputs) == len(self.inputs) else Smoothing.of(inputs, self.producers)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """The parameter called `name` as the smoothed model holds it; the tensor itself where nothing changes."""
