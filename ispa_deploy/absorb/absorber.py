@@ -230,17 +230,17 @@ class Absorber:
         """Fit on all rows; the score is the error in sample, or that of a fit to the early rows on the late ones."""
         settings, device = self.settings, self.cache.device
         index = layer - len(self.targets) + len(self._early)
-        early = self._early[index].to(device)
-        late = self._late[index].to(device) if self._late else None
-        every = early if late is None else early + late
+        early, late = self._early[index], self._late[index] if self._late else None
+        every = (early if late is None else early + late).to(device)  # on the device one at a time
         solution = solve(every, settings.ridge, intercept=settings.intercept)
-        score = None if solution.failed else solution.residual
-        if late is not None and not solution.failed:
-            trial = solve(early, settings.ridge, intercept=settings.intercept, certified=False)
-            score = None if trial.weight is None else late.residual(trial.weight, trial.bias)
         cut = None
         if self.rank is not None and self.policy.absorbs and not solution.failed:
             cut = truncate(every, solution, self.rank)
+        del every
+        score = None if solution.failed else solution.residual
+        if late is not None and not solution.failed:
+            trial = solve(early.to(device), settings.ridge, intercept=settings.intercept, certified=False)
+            score = None if trial.weight is None else late.to(device).residual(trial.weight, trial.bias)
         return LayerRecord(solution, score, truncation=cut)
 
     def _ranked(self) -> list[int]:

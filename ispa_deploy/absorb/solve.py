@@ -60,11 +60,12 @@ def solve(stats: Statistics, ridge: Ridge, *, intercept: bool = False, certified
 
     `certified` False leaves condition and residual out (NaN): half the time, for a fit that is only tried.
     """
-    gram, cross_w = stats.gram.double(), stats.projected_cross()
+    gram, cross_w = stats.gram.to(torch.float64, copy=True), stats.projected_cross()
     if intercept and stats.rows > 0:
         gap_w = stats.weight.to(gram.device).double() @ stats.gap_sum.double()
-        gram = gram - torch.outer(stats.local_sum.double(), stats.local_sum.double()) / stats.rows
-        cross_w = cross_w - torch.outer(stats.local_sum.double(), gap_w) / stats.rows
+        near = stats.local_sum.double()
+        gram.addr_(near, near, alpha=-1 / stats.rows)
+        cross_w = torch.addr(cross_w, near, gap_w, alpha=-1 / stats.rows)
     if not (gram.isfinite().all() and cross_w.isfinite().all()):
         return _failure(stats, "failed: the statistics hold NaN or Inf")
     if stats.rows == 0 or not gram.any():
@@ -74,14 +75,19 @@ def solve(stats: Statistics, ridge: Ridge, *, intercept: bool = False, certified
     if factor is None:
         return _failure(stats, f"failed: G + λI is not positive definite up to λ = {strength:.3g}")
     delta = torch.cholesky_solve(cross_w, factor)
+    del cross_w
+    condition = _condition(gram, strength, factor) if certified else math.nan
+    effective_rank = float(gram.trace() ** 2 / gram.norm().square())
+    del gram, factor  # each as large as the solution: a wide layer has no room for them beside what follows
     bias = (gap_w - stats.local_sum.double() @ delta) / stats.rows if intercept else None
     weight = delta.T.contiguous()
+    del delta
     return Solution(
         weight=weight,
         bias=bias,
         ridge=strength,
-        condition=_condition(gram, strength, factor) if certified else math.nan,
-        effective_rank=float(gram.trace() ** 2 / gram.square().sum()),
+        condition=condition,
+        effective_rank=effective_rank,
         residual=stats.residual(weight, bias) if certified else math.nan,
         gap=stats.gap_energy,
         status=f"ridge raised x10^{raised}" if raised else "ok",
@@ -90,11 +96,11 @@ def solve(stats: Statistics, ridge: Ridge, *, intercept: bool = False, certified
 
 def _factorise(gram: Tensor, strength: float) -> tuple[Tensor | None, float, int]:
     """Cholesky of G + λI; λ grows tenfold while that fails, from a floor that float64 can tell from zero."""
-    floor = 1e-12 * float(gram.diagonal().mean())
+    floor, diagonal = 1e-12 * float(gram.diagonal().mean()), gram.diagonal().clone()
     for raised in range(RETRIES + 1):
-        shifted = gram.clone()
-        shifted.diagonal().add_(strength)
-        factor, info = torch.linalg.cholesky_ex(shifted)
+        gram.diagonal().add_(strength)
+        factor, info = torch.linalg.cholesky_ex(gram)
+        gram.diagonal().copy_(diagonal)
         if not info:
             return factor, strength, raised
         strength = max(10 * strength, floor)

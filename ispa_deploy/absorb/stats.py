@@ -112,6 +112,7 @@ class Statistics:
         product = _exact_product(local, local).to(self.gram.device)
         self.gram.add_(product, alpha=weight)
         self.cross.sub_(product, alpha=weight)
+        del product
         self.cross.add_(_exact_product(local, full).to(self.gram.device), alpha=weight)
         near = local.sum(0, dtype=torch.float32)
         self._count(near, full.sum(0, dtype=torch.float32) - near, len(local), weight)
@@ -168,19 +169,25 @@ class Statistics:
     def residual(self, delta_weight: Tensor, delta_bias: Tensor | None = None) -> float:
         """‖A_loc(W + ΔW) + b − A_full W‖² on these rows (paper eq. 6), for any ΔW (O, I) and bias change b (O,)."""
         delta, cross_w = delta_weight.double().T, self.projected_cross()
-        error = (delta * (self.gram.double() @ delta)).sum() - 2 * (delta * cross_w).sum() + self.gap_energy
+        error = self.gap_energy - 2 * sum(float((delta[rows] * cross_w[rows]).sum()) for rows in _slices(len(delta)))
+        error += sum(float((delta[rows] * (self.gram[rows].double() @ delta)).sum()) for rows in _slices(len(delta)))
         if delta_bias is not None:
             bias = delta_bias.double()
             weight = self.weight.to(self.gram.device).double()
             mean = self.local_sum.double() @ delta - weight @ self.gap_sum.double()
-            error = error + self.rows * bias.square().sum() + 2 * bias @ mean
-        return float(error)
+            error += float(self.rows * bias.square().sum() + 2 * bias @ mean)
+        return error
 
     def projected_cross(self) -> Tensor:
         """H W, (I, O) float64: made once, solve and certificate both ask for it."""
         if self._projected is None:
             self._projected = self.cross.double() @ self.weight.to(self.cross.device).double().T
         return self._projected
+
+
+def _slices(rows: int, step: int = 512) -> list[slice]:
+    """Rows in parts: of a wide layer no second float64 copy is made of what is only summed over."""
+    return [slice(first, first + step) for first in range(0, rows, step)]
 
 
 def _add_square_(total: Tensor, rows: Tensor, weight: float) -> bool:

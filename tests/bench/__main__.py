@@ -1,4 +1,4 @@
-"""`python -m tests.bench [--suite cpu|storage|gpu] [-o docs/results]`: every measurement.
+"""`python -m tests.bench [--suite cpu|storage|stream|gpu] [-o docs/results]`: every measurement.
 
 Results go to `<output>/<device>/*.json`. The CPU suite takes under 10 minutes on 2 cores. Each part runs in a process
 of its own, so that none inherits another's memory, and writes its file as soon as it is done; at the end the README's
@@ -22,9 +22,10 @@ from tests.bench.readme import END, RESULTS, START, table
 SUITES: dict[str, tuple[str, ...]] = {
     "cpu": ("demo", "mid", "ladder", "attention", "int8_linear", "merge", "memory"),
     "storage": ("kv", "deltas"),
+    "stream": ("warmup", "memory"),
     "gpu": ("longlive-1.3b", "krea-14b", "attention"),
 }
-_ALONE = ("int8_linear", "merge", "memory", "kv", "deltas", "attention")
+_ALONE = ("int8_linear", "merge", "memory", "warmup", "kv", "deltas", "attention")
 """Parts with a module of their own; the others are geometries for `tests.bench.chunk`, and the ladder."""
 
 
