@@ -18,7 +18,9 @@ from export.manifest import Manifest, file_digest, read_manifest
 from export.tensors import CODES, FLOATS, Shape, aligned, check_finite, check_names, check_shapes, listing, reading
 from export.write import write_bundle
 from ispa_deploy.adapt import adapted
+from ispa_deploy.advice import memory_errors
 from ispa_deploy.avatar.stream import Scene
+from ispa_deploy.budget import Setup
 from ispa_deploy.errors import InputError, known_names
 from ispa_deploy.media.text import PromptReader
 from ispa_deploy.media.vae import WanVae
@@ -168,18 +170,27 @@ def open_bundle(
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     check_shapes({name: shape for name, (_, shape) in found.items()}, shapes, where, manifest.spec.name)
     casts = _casts(manifest, found, dtype, where)
+    held = str(dtype).removeprefix("torch.") if dtype is not None else manifest.dtype
+    setup = Setup(dtype=held, scheme=manifest.scheme, quantised=manifest.quantised)
+    with memory_errors(manifest.spec, lambda: setup, torch.device(device), lambda: "while the weights are loaded"):
+        model.load_state_dict(_state(shards, casts, device, coded=bool(manifest.quantised)), assign=True)
+        prepare_(model, allow_fallback=allow_fallback)
+    return Bundle(model.eval().requires_grad_(False), manifest, folder, prompt_embeds)
+
+
+def _state(
+    shards: Sequence[Path], casts: Mapping[str, torch.dtype | None], device: torch.device | str, *, coded: bool
+) -> dict[str, Tensor]:
+    """Every tensor, checked and cast. Nobody else holds them: preparing a layer frees its plain codes."""
     state: dict[str, Tensor] = {}
     for path in shards:
         with reading(path, device) as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 tensor = _tensor(file.get_tensor(name), name, casts[name], str(path))
                 # A view would keep the whole file mapped, and with it the codes that lie packed elsewhere by then.
-                view = bool(manifest.quantised) and tensor.is_floating_point() and tensor.device.type == "cpu"
+                view = coded and tensor.is_floating_point() and tensor.device.type == "cpu"
                 state[name] = tensor.clone() if view and tensor.dtype != torch.float8_e4m3fn else tensor
-    model.load_state_dict(state, assign=True)
-    del state  # so that preparing a layer frees its plain codes
-    prepare_(model, allow_fallback=allow_fallback)
-    return Bundle(model.eval().requires_grad_(False), manifest, folder, prompt_embeds)
+    return state
 
 
 def read_prompt_embeds(path: Path, spec: ModelSpec) -> Tensor:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import cli
+import export.bundle
 import export.write
 from export.convert import quantise_source
 from export.deltas import HEADER_KEY
@@ -632,6 +633,15 @@ def test_out_of_memory_says_what_would_fit(
         "--policy window --window 4 (", "--ratio 1 ", "--stats-device cpu (", "--kv-dtype int8 (", "--height", code=1,
     )  # fmt: skip
     assert not files(tmp_path)
+
+
+def test_weights_that_do_not_fit_say_what_would(floating: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(export.bundle, "_tensor", fail)
+    parts = ("out of memory while the weights are loaded: this stream needs about", "quantize --scheme w8a8 (")
+    refused(stream(floating), *parts, code=1)
 
 
 FULL_DISK = """
