@@ -23,7 +23,7 @@ CHUNKS = {
     "longlive_tiny": 5,
     "longlive_infinity_tiny": 5,
     "reward_forcing_alpha_tiny": 5,
-    "self_forcing_i2v_tiny": 4,
+    "self_forcing_i2v_tiny": 2,
 }
 AVATAR, AVATAR_CHUNKS = "liveavatar_tiny", 4
 
