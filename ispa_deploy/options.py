@@ -161,18 +161,7 @@ def open_stream(
         cache = _cache(model, spec, options, batch=len(text_rows), recent=recent, sink=policy.sink)
     if options.per_step and (scene is None or deltas is not None):
         raise InputError("--per-step: expected a speech-to-video model and no --deltas, which hold one for all steps")
-    absorber = (PerStepAbsorber if options.per_step else Absorber)(
-        targets=[block.self_attn.o for block in model.layers()],
-        cache=cache,
-        policy=policy,
-        settings=options.settings(),
-        choice=Choice(ratio=options.ratio, layers=options.layers, seed=options.seed),
-        mode=options.delta,
-        dtype=options.delta_dtype or model.dtype,
-        stats_device=options.stats_device,
-        spread=options.spread_solve,
-        rank=options.delta_rank,
-    )
+    absorber = _absorber(model, cache, policy, options)
     if deltas is not None:
         absorber.adopt(deltas)
     noise: NoiseSource = default_noise(spec, options.seed, batch=len(text_rows), device=model.device)
@@ -188,6 +177,22 @@ def open_stream(
     scene.check(spec)
     distance = drawn_distance(options.seed)
     return AvatarStream(*common, scene=scene, distance=distance, online=options.online_reference)
+
+
+def _absorber(model: CausalWanDiT, cache: KVCache, policy: Policy, options: StreamOptions) -> Absorber:
+    """The stream's absorption: one correction for each layer, or one for each of its denoising steps."""
+    return (PerStepAbsorber if options.per_step else Absorber)(
+        targets=[block.self_attn.o for block in model.layers()],
+        cache=cache,
+        policy=policy,
+        settings=options.settings(),
+        choice=Choice(ratio=options.ratio, layers=options.layers, seed=options.seed),
+        mode=options.delta,
+        dtype=options.delta_dtype or model.dtype,
+        stats_device=options.stats_device,
+        spread=options.spread_solve,
+        rank=options.delta_rank,
+    )
 
 
 def _cache(

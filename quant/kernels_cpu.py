@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ispa_deploy.native import elementwise
 from ispa_deploy.regions import region
+from quant.kernels_stored import BaseKernel
 from quant.primitives import (
     CODE_MAX,
     ZERO_POINT,
-    Activations,
     fixed_scale,
     inverse_step,
     quantise_fixed,
@@ -146,21 +146,8 @@ def _finish(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dt
 
 
 @dataclass(frozen=True)
-class _CpuKernel:
+class _CpuKernel(BaseKernel):
     """What the kernels of this file share."""
-
-    name: str
-    exact: bool = True
-    activations: Activations = "int8"
-
-    @property
-    def unsigned(self) -> bool:
-        """Whether activation codes are uint8 with zero point 128."""
-        return self.activations == "uint8"
-
-    def fits(self, features: int, outputs: int) -> bool:
-        """Every shape with something in it."""
-        return features > 0 and outputs > 0
 
     def quantise(
         self, x: Tensor, step: Tensor | None = None, factor: Tensor | None = None

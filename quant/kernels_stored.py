@@ -1,4 +1,4 @@
-"""What kernels share that multiply the weight codes as a bundle stores them, (N, K), without a packed form."""
+"""What kernels share, and what those share that multiply weight codes as a bundle stores them, (N, K), unpacked."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from quant.primitives import Activations
 
 
 @dataclass(frozen=True)
-class StoredKernel:
-    """A kernel whose packed weight is the codes themselves; see `quant.kernels.Kernel`."""
+class BaseKernel:
+    """What most kernels share; see `quant.kernels.Kernel`."""
 
     name: str
     exact: bool = True
@@ -25,6 +25,11 @@ class StoredKernel:
     def fits(self, features: int, outputs: int) -> bool:
         """Every shape with something in it."""
         return features > 0 and outputs > 0
+
+
+@dataclass(frozen=True)
+class StoredKernel(BaseKernel):
+    """A kernel whose packed weight is the codes themselves."""
 
     def pack(self, codes: Tensor) -> Tensor:
         """The codes themselves."""

@@ -26,7 +26,7 @@ from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.csv import csv
 from ispa_deploy.profile.diff import METRICS, difference, load, threshold
 from ispa_deploy.profile.html import html
-from ispa_deploy.profile.lane import open_lane, record_layers, take_turn
+from ispa_deploy.profile.lane import Lane, open_lane, record_layers, take_turn
 from ispa_deploy.profile.paper import PAPER
 from ispa_deploy.profile.recorder import CLOCKS, CpuRecorder
 from ispa_deploy.profile.report import Bench, report_of
@@ -113,6 +113,15 @@ def test_every_documented_field_is_real(report: dict[str, Any]) -> None:
 # Verdicts
 
 
+def _ran() -> Iterator[Lane]:
+    """The configurations, each after one turn."""
+    for configuration in configurations():
+        lane = open_lane(configuration, 4, CLOCKS["wall"])
+        take_turn(lane, 1, recorded_first=False, decoder=None, clock=CLOCKS["wall"])
+        record_layers(lane, CLOCKS["wall"])
+        yield lane
+
+
 @pytest.mark.parametrize(
     ("kernel", "overhead", "attention", "overall"),
     [
@@ -127,13 +136,7 @@ def test_nothing_is_reproduced_by_numbers_that_the_report_warns_of(
     kernel: float, overhead: float, attention: str, overall: str | None
 ) -> None:
     """Lanes that really ran, with times of our own in the place of the measured ones."""
-    lanes = []
-    for configuration in configurations():
-        lane = open_lane(configuration, 4, CLOCKS["wall"])
-        take_turn(lane, 1, recorded_first=False, decoder=None, clock=CLOCKS["wall"])
-        record_layers(lane, CLOCKS["wall"])
-        lanes.append(lane)
-    full, ispa = lanes
+    lanes = full, ispa = list(_ran())
     full.recorded, full.plain = [chunk(60.0, 30.0, 10.0)] * 3, [100.0] * 3
     ispa.recorded, ispa.plain = [chunk(kernel, 25.0, 5.0)] * 3, [(kernel + 30) / overhead] * 3
     made = report_of(lanes, "full", bench(), pixel_frames=4, command="", clock="wall")
@@ -146,13 +149,7 @@ def test_nothing_is_reproduced_by_numbers_that_the_report_warns_of(
 
 def test_an_unsteady_run_reproduces_nothing() -> None:
     """The median is beyond the paper's 1.35x, but the quartiles of the run lie far apart."""
-    lanes = []
-    for configuration in configurations():
-        lane = open_lane(configuration, 4, CLOCKS["wall"])
-        take_turn(lane, 1, recorded_first=False, decoder=None, clock=CLOCKS["wall"])
-        record_layers(lane, CLOCKS["wall"])
-        lanes.append(lane)
-    full, ispa = lanes
+    lanes = full, ispa = list(_ran())
     full.recorded, full.plain = [chunk(60.0, 30.0, 10.0)] * 3, [100.0] * 3
     ispa.recorded, ispa.plain = [chunk(40.0, 25.0, 5.0)] * 3, [40.0, 70.0, 100.0]
     made = report_of(lanes, "full", bench(), pixel_frames=4, command="", clock="wall")
