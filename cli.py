@@ -17,6 +17,18 @@ import typer
 
 from ispa_deploy import __version__
 from ispa_deploy.errors import InputError, IspaError
+from ispa_deploy.flag_groups import (
+    BundleArg,
+    DeviceOpt,
+    DtypeOpt,
+    JsonOpt,
+    Sections,
+    SeedOpt,
+    StatsOpt,
+    ThreadsOpt,
+    TuneOpt,
+    grouped,
+)
 from ispa_deploy.flags import (
     check_deltas_to_come,
     device_of,
@@ -37,27 +49,20 @@ from ispa_deploy.printing import (
     to_json,
     write_reports,
 )
-from ispa_deploy.run_flags import (
-    BundleArg,
-    DeviceOpt,
-    DtypeOpt,
-    FileFlags,
-    JsonOpt,
-    MachineFlags,
-    NetworkFlags,
-    PromptFlags,
-    SceneFlags,
-    Sections,
-    SeedOpt,
-    StatsOpt,
-    StreamFlags,
-    ThreadsOpt,
-    TuneOpt,
-    grouped,
+from ispa_deploy.quantize_flags import (
+    BundleOutOpt,
+    CalibrationFlags,
+    CheckpointFlags,
+    ConversionMachineFlags,
+    OverwriteOpt,
+    PrecisionFlags,
+    SourceArg,
 )
+from ispa_deploy.run_flags import FileFlags, MachineFlags, NetworkFlags, PromptFlags, SceneFlags, StreamFlags
 
 if TYPE_CHECKING:
     from export.bundle import Bundle
+    from export.calibrate import Activations
     from export.profiling import Compared
     from ispa_deploy.avatar.stream import Scene
     from ispa_deploy.compiled import CompiledStages
@@ -99,69 +104,28 @@ def models(json_only: JsonOpt = False) -> None:
     print_models(SPECS.values())
 
 
-@app.command()
+@app.command(cls=Sections)
+@grouped
 def quantize(
-    source: Annotated[
-        str, typer.Argument(help="`demo`, `random`, a checkpoint (.safetensors, .pt, a folder), org/name to download.")
-    ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's folder.")],
-    model: Annotated[str | None, typer.Option(help="Model of the table; default: as the checkpoint looks.")] = None,
-    scheme: Annotated[
-        str, typer.Option(help="w8a8 (best here), w8a8-int8, w8a8-int8-static, w8a8-fp8, bnb-int8 or none.")
-    ] = "w8a8",
-    plan: Annotated[
-        str, typer.Option(help="auto: per layer the fastest here that keeps its error small; FILE: that plan; none.")
-    ] = "none",
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Regex of linears to keep in floating point; repeatable.")
-    ] = None,
-    lora: Annotated[Path | None, typer.Option(help="LoRA file (.pt, .safetensors) to merge first.")] = None,
-    lora_alpha: Annotated[
-        float | None, typer.Option(help="Its alpha; default: the published one (LiveAvatar 64, others their rank).")
-    ] = None,
-    calibrate: Annotated[
-        Path | None, typer.Option(help="Prompts, one per line, to measure activations with; or a prompt-embeds file.")
-    ] = None,
-    calibrate_frames: Annotated[
-        int | None, typer.Option(min=1, help="Latent frames of each calibration stream; default: two windows.")
-    ] = None,
-    smooth: Annotated[
-        str, typer.Option(help="SmoothQuant: none; fold, where it is exact and free; all, also where layers multiply.")
-    ] = "none",
-    smooth_alpha: Annotated[float, typer.Option(help="Its strength: 0 balances nothing, 1 all for activations.")] = 0.5,
-    report: Annotated[
-        bool, typer.Option("--report", help="Measure the bundle against the original, one step at a time.")
-    ] = False,
-    text_encoder: Annotated[
-        Path | None, typer.Option(help="UMT5-XXL that reads the prompts of a checkpoint's calibration.")
-    ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Its tokenizer's folder; default: beside it.")] = None,
-    dtype: DtypeOpt = "auto",
-    device: Annotated[str, typer.Option(help="Where calibration and --report run: auto, cpu, cuda or cuda:N.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Seed of `random` weights and of calibration's noise.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
-    threads: ThreadsOpt = None,
+    source: SourceArg,
+    out: BundleOutOpt,
+    checkpoint: CheckpointFlags,
+    precision: PrecisionFlags,
+    calibration: CalibrationFlags,
+    machine: ConversionMachineFlags,
+    overwrite: OverwriteOpt = False,
     json_only: JsonOpt = False,
     stats: StatsOpt = None,
 ) -> None:
     """Apply W8A8 post-training quantisation and write a safetensors bundle."""
-    if threads is not None:
+    if machine.threads is not None:
         import torch
 
-        torch.set_num_threads(threads)
-    place = device_of(device)
-    if tokenizer is not None and text_encoder is None:
-        raise InputError("--tokenizer goes with --text-encoder PATH: add it")
-    from export.calibrate import Activations
-    from export.companions import reader_of
-
-    activations = Activations(
-        prompts=calibrate, frames=calibrate_frames, seed=seed, device=place, smooth=smooth, alpha=smooth_alpha,
-        reader=None if text_encoder is None else reader_of(text_encoder, tokenizer, place), report=report,
-    )  # fmt: skip
+        torch.set_num_threads(machine.threads)
     document = _quantise(
-        source, out, scheme, model=model, skip=skip or (), lora=lora, lora_alpha=lora_alpha, dtype=dtype_of(dtype),
-        seed=seed, overwrite=overwrite, plan=plan, activations=activations,
+        source, out, precision.scheme, model=checkpoint.model, lora=checkpoint.lora, lora_alpha=checkpoint.lora_alpha,
+        seed=checkpoint.seed, plan=precision.plan, skip=precision.skip or (), dtype=dtype_of(precision.dtype),
+        activations=_activations(calibration, checkpoint.seed, machine.device), overwrite=overwrite,
     )  # fmt: skip
     emit(document, json_only, stats, lambda: typer.echo(f"bundle: {document['bundle']}"))
 
@@ -391,6 +355,21 @@ def demo(
 
 
 # -- composing
+
+
+def _activations(asked: CalibrationFlags, seed: int, device: str) -> Activations:
+    """What calibration is told, its text encoder opened."""
+    if asked.tokenizer is not None and asked.text_encoder is None:
+        raise InputError("--tokenizer goes with --text-encoder PATH: add it")
+    from export.calibrate import Activations
+    from export.companions import reader_of
+
+    place = device_of(device)
+    reader = None if asked.text_encoder is None else reader_of(asked.text_encoder, asked.tokenizer, place)
+    return Activations(
+        prompts=asked.calibrate, frames=asked.calibrate_frames, seed=seed, device=place, smooth=asked.smooth,
+        alpha=asked.smooth_alpha, reader=reader, report=asked.report,
+    )  # fmt: skip
 
 
 def _quantise(source: str, out: Path, scheme: str, **choices: Any) -> dict[str, Any]:
