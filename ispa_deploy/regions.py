@@ -66,13 +66,18 @@ def recorded() -> bool:
     return _recorder is not None
 
 
+def install(recorder: Recorder | None) -> None:
+    """Marks go to `recorder` from now on; None: to nobody. Recorders do not stack: two would both claim the time."""
+    global _recorder
+    assert recorder is None or _recorder is None, "a recorder is already installed"
+    _recorder = recorder
+
+
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[Recorder]:
-    """Install `recorder` for the body. Recorders do not stack: two at once would both claim the time."""
-    global _recorder
-    assert _recorder is None, "a recorder is already installed"
-    _recorder = recorder
+    """Install `recorder` for the body."""
+    install(recorder)
     try:
         yield recorder
     finally:
-        _recorder = None
+        install(None)

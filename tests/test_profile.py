@@ -19,7 +19,7 @@ from ispa_deploy.profile.breakdown import LIMITS, Breakdown, closing, typical
 from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
 from ispa_deploy.profile.paper import Parts, amdahl, keys_ratio, shortfall, verdict
-from ispa_deploy.profile.recorder import CpuRecorder, measure
+from ispa_deploy.profile.recorder import CpuRecorder, measure, spent
 from ispa_deploy.profile.steady import SteadyStream
 from ispa_deploy.profile.table import grid, markdown, sentences
 from ispa_deploy.regions import ROWS, recording, region
@@ -112,18 +112,22 @@ def test_a_recorder_is_used_again_without_carrying_over() -> None:
         recorder.begin()
         with region("linear.gemm"):
             spin(2)
-        assert recorder.end()[list(ROWS).index("linear.gemm")] >= 2
+        recorder.end()
+        assert spent(recorder.stretches())[list(ROWS).index("linear.gemm")] >= 2
         recorder.begin()
         with region("linear.delta"):
             spin(1)
-        assert recorder.end()[list(ROWS).index("linear.gemm")] == 0
+        recorder.end()
+        assert spent(recorder.stretches())[list(ROWS).index("linear.gemm")] == 0
+        assert recorder.marks() == 1
 
 
 def test_a_mark_left_open_is_noticed() -> None:
     recorder = CpuRecorder()
     recorder.region("linear.gemm").__enter__()
+    recorder.end()
     with pytest.raises(AssertionError, match=r"linear\.gemm"):
-        recorder.end()
+        recorder.stretches()
 
 
 def breakdown(wall: float, **rows: float) -> Breakdown:
@@ -141,10 +145,14 @@ def test_the_typical_chunk_adds_up_and_ignores_outliers() -> None:
 
 def test_broken_accounts_are_named() -> None:
     lost = Breakdown({**dict.fromkeys(ROWS, 0.0), "linear.gemm": 90.0}, 4.0, 100.0)
-    rules = closing(lost, 1.05)
+    rules = closing(lost, 1.05, "no")
     assert rules["broken"] == ["sum_error", "unattributed_share", "instrumented_over_plain"]
     assert not rules["closed"]
-    assert closing(breakdown(100.0, linear_gemm=98.0), 0.99)["closed"]
+    sound = breakdown(100.0, linear_gemm=98.0)
+    assert closing(sound, 0.99, "yes")["closed"]
+    unknown = closing(sound, 1.01, "open")
+    assert (unknown["broken"], unknown["undecided"]) == ([], ["instrumented_over_plain"])
+    assert not unknown["closed"]
 
 
 # The demo geometry
@@ -188,7 +196,8 @@ def test_the_account_of_the_demo_closes(report: dict[str, Any]) -> None:
         assert parts == pytest.approx(run["wall_ms"], rel=LIMITS["sum_error"])
         assert run["unattributed_ms"] <= LIMITS["unattributed_share"] * run["wall_ms"]
         assert sum(run["families"].values()) == pytest.approx(sum(run["components"].values()), rel=1e-4)
-        assert run["instrumented_over_plain"] < 1.5
+        assert run["recording"]["interval"][0] < 1.5
+        assert run["recording"]["marks_share"] < LIMITS["instrumented_over_plain"]
 
 
 def test_a_mark_costs_little(demo: Any) -> None:

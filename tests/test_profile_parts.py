@@ -13,14 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ispa_deploy.options import StreamOptions
 from ispa_deploy.profile.interval import ENOUGH, median_interval, ratio_interval
-from ispa_deploy.profile.layers import block_times
+from ispa_deploy.profile.layers import block_calls, layer_times
 from ispa_deploy.profile.paper import Parts, keys_ratio
-from ispa_deploy.profile.recorder import CLOCKS
+from ispa_deploy.profile.price import Price, block_ratios, mark_price, price_of
+from ispa_deploy.profile.recorder import CLOCKS, CpuRecorder
 from ispa_deploy.profile.roofline import measure_peaks, roofline
 from ispa_deploy.profile.start import AFTER, measure_start
 from ispa_deploy.profile.steady import SteadyStream
 from ispa_deploy.profile.windows import LONG, chunk_gain, measure_windows, window_needed
 from ispa_deploy.profile.work import Setting, Work, chunk_work, keys_of
+from ispa_deploy.regions import recorded, recording
 from ispa_deploy.specs import ModelSpec
 from tests.tiny import SPEC, tiny_model
 
@@ -126,16 +128,75 @@ def test_a_start_goes_through_its_stages_and_its_rows_close(policy: str, states:
 def test_a_block_that_waits_shows_in_its_own_line() -> None:
     model = tiny_model(SPEC)
     slow = model.layers()[2]
-    handle = slow.self_attn.o.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    handle = slow.self_attn.o.register_forward_pre_hook(lambda *_: time.sleep(0.05))
     steady = SteadyStream.open(model, StreamOptions(policy="full"), 3)
     with steady.turn():
         steady.step()
-        times = block_times(steady.step, model, CLOCKS["wall"])
+        times = layer_times(block_calls(steady.step, model, CLOCKS["wall"]), len(model.layers()))
     handle.remove()
     passes = len(SPEC.steps) + 1
-    assert times[2] >= 20 * passes
+    assert times[2] >= 50 * passes
     assert max(times[:2] + times[3:]) < times[2] / 2
     assert not any(block._forward_hooks for block in model.layers())
+
+
+# What recording costs
+
+
+def test_every_second_block_is_recorded() -> None:
+    """The calls in turn, and each call's own marks: those of both chunks together are those of one recorded chunk."""
+    model, recorder = tiny_model(SPEC), CpuRecorder()
+    steady = SteadyStream.open(model, StreamOptions(policy="full"), 4)
+    with steady.turn():
+        steady.step()
+        even = block_calls(steady.step, model, CLOCKS["wall"], recorder, 0)
+        recorder.end()
+        marks = recorder.marks()
+        odd = block_calls(steady.step, model, CLOCKS["wall"], recorder, 1)
+        recorder.end()
+        assert recorder.marks() > 0
+        assert marks > 0
+        recorder.begin()
+        with recording(recorder):
+            steady.step()
+        recorder.end()
+    assert [number for number, _ in even] == [number for number, _ in odd]
+    assert recorder.marks() > len(even)
+    assert not recorded()
+
+
+def test_what_makes_a_call_or_a_chunk_slow_cancels_out() -> None:
+    """Calls of any length, the second chunk twice as slow throughout, recording 1.02 times as slow."""
+    calls, price, slow = (3.0, 5.0, 2.0, 9.0, 4.0), 1.02, 2.0
+    even = [(n, ms * (price if n % 2 == 0 else 1)) for n, ms in enumerate(calls)]
+    odd = [(n, slow * ms * (price if n % 2 else 1)) for n, ms in enumerate(calls)]
+    assert block_ratios(even, odd) == pytest.approx([price] * 2)
+
+
+@pytest.mark.parametrize(
+    ("interval", "share", "holds"),
+    [
+        ([0.99, 1.01], None, "yes"),
+        ([0.99, 1.04], None, "open"),
+        ([0.99, 1.04], 0.002, "yes"),
+        ([0.99, 1.04], 0.004, "open"),
+        ([1.031, 1.05], 0.001, "no"),
+        ([0.90, 0.96], 0.001, "no"),
+        (None, None, "open"),
+        (None, 0.001, "yes"),
+    ],
+)
+def test_whether_recording_stays_within_the_limit(
+    interval: list[float] | None, share: float | None, holds: str
+) -> None:
+    assert Price(1.0, interval, 6, "blocks", 100, None, share).holds() == holds
+
+
+def test_the_price_of_marks_is_counted() -> None:
+    price = price_of([1.0, 1.1, 1.2], "chunks", 1000, 500.0, 50.0)
+    assert (price.ratio, price.interval, price.marks_share) == (1.1, None, pytest.approx(0.01))
+    assert 0 < mark_price(CpuRecorder(), CLOCKS["wall"]) < 20_000
+    assert not recorded()
 
 
 def test_the_windows_at_which_the_papers_figure_is_possible() -> None:

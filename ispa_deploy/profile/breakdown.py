@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from ispa_deploy.regions import FAMILIES, ROWS
 
@@ -74,12 +74,24 @@ def typical(chunks: Sequence[Breakdown]) -> Breakdown:
     )
 
 
-def closing(chunk: Breakdown, instrumented_over_plain: float) -> dict[str, Any]:
-    """The three rules as values: what was found, what is allowed, and whether all hold."""
+Holds = Literal["yes", "no", "open"]
+"""Whether a rule holds; `open`: the machine is too noisy to tell."""
+
+
+def closing(chunk: Breakdown, instrumented_over_plain: float, recording: Holds) -> dict[str, Any]:
+    """The three rules as values: what was found, what is allowed, and whether all hold.
+
+    The first two are sums of one chunk and exact. The last compares times, so `recording` says whether it holds; what
+    is open counts as not closed.
+    """
     found = {
         "sum_error": chunk.sum_error,
         "unattributed_share": chunk.unattributed_share,
         "instrumented_over_plain": abs(instrumented_over_plain - 1),
     }
-    broken = [rule for rule, limit in LIMITS.items() if found[rule] > limit]
-    return {**found, "limits": dict(LIMITS), "broken": broken, "closed": not broken}
+    broken = [rule for rule in ("sum_error", "unattributed_share") if found[rule] > LIMITS[rule]]
+    broken += ["instrumented_over_plain"] if recording == "no" else []
+    unknown = ["instrumented_over_plain"] if recording == "open" else []
+    return {
+        **found, "limits": dict(LIMITS), "broken": broken, "undecided": unknown, "closed": not broken + unknown,
+    }  # fmt: skip

@@ -16,9 +16,8 @@ from ispa_deploy.errors import InputError, known_names
 from ispa_deploy.profile.lane import (
     Configuration,
     Lane,
-    keep_log,
     open_lane,
-    record_layers,
+    record_blocks,
     take_plain_turn,
     take_turn,
 )
@@ -29,6 +28,9 @@ from ispa_deploy.profile.trace import encode
 from ispa_deploy.profile.windows import LONG, measure_windows
 
 __all__ = ["Configuration", "compare"]
+
+PRICE_PAIRS = 20
+"""Most pairs of chunks that a run spends on what recording costs; one is enough where chunks are long."""
 
 
 def compare(
@@ -64,20 +66,19 @@ def compare(
     lanes = []
     for configuration in configurations:
         say(f"preparing {configuration.name}")
-        asked = chunks * (2 * rounds + plain_only) + 2
+        asked = chunks * (2 * rounds + plain_only) + 2 + 2 * PRICE_PAIRS
         lanes.append(open_lane(configuration, asked, CLOCKS[clock], decoder))
     for number in range(rounds + plain_only):
         for offset in range(len(lanes)):
             lane = lanes[(number + offset) % len(lanes)]
             say(f"round {number + 1}/{rounds}: {lane.configuration.name}")
-            if timeline and number == rounds - 1:
-                keep_log(lane, CLOCKS[clock])
             if number < rounds:
                 take_turn(lane, chunks, recorded_first=number % 2 == 1, decoder=decoder, clock=CLOCKS[clock])
             else:
                 take_plain_turn(lane, chunks, clock=CLOCKS[clock])
     for lane in lanes:
-        record_layers(lane, CLOCKS[clock])
+        say(f"blocks and recording: {lane.configuration.name}")
+        record_blocks(lane, CLOCKS[clock], most=PRICE_PAIRS)
     say("peaks of the device, and attention at long windows")
     bench = _bench(lanes, baseline, clock, windows)
     report = report_of(lanes, baseline, bench, pixel_frames=pixel_frames, command=command, clock=clock, load_ms=load_ms)

@@ -152,14 +152,26 @@ def _steadiness(runs: Sequence[Run], titles: Sequence[str]) -> str:
         if any(run["fps"][key] for run in runs):
             lines.append((None, [name, *(f"{run['fps'][key]:.2f}" if run["fps"][key] else "-" for run in runs)]))
     for rule, name in RULES.items():
-        lines.append((None, [name.rstrip(":"), *(_rule(run["closing"], rule) for run in runs)]))
+        lines.append((None, [name.rstrip(":"), *(_rule(run, rule) for run in runs)]))
     return _table(["", *map(escape, titles)], lines, kind="numbers")
 
 
-def _rule(closing: dict[str, Any], rule: str) -> str:
-    kind = "bad" if rule in closing["broken"] else "good"
+def _rule(run: Run, rule: str) -> str:
+    closing = run["closing"]
+    undecided = rule in closing.get("undecided", ())
+    kind = "bad" if rule in closing["broken"] else "doubt" if undecided else "good"
     text = f"{100 * closing[rule]:.2g} % of {100 * closing['limits'][rule]:g} %"
-    return f'<span class="badge {kind}" title="found of allowed">{text}</span>'
+    below = f"<br><small>{escape(_bounds(run))}</small>" if rule == "instrumented_over_plain" else ""
+    return f'<span class="badge {kind}" title="found of allowed">{text}</span>{below}'
+
+
+def _bounds(run: Run) -> str:
+    """Between which changes of the time that of recording lies, and what its marks alone come to."""
+    price = run.get("recording") or {}
+    low, high = (100 * (bound - 1) for bound in price.get("interval") or (1, 1))
+    parts = [f"{low:+.1f} to {high:+.1f} %"] if price.get("interval") else []
+    share = price.get("marks_share")
+    return ", ".join([*parts, *([f"marks {100 * share:.2g} %"] if share is not None else [])])
 
 
 def _memory(report: Report) -> str:

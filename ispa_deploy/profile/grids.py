@@ -39,6 +39,21 @@ def span(interval: Sequence[float] | None, form: str = "{:.1f}") -> str:
     return "-" if interval is None else f"[{form.format(interval[0])}, {form.format(interval[1])}]"
 
 
+def recording_price(run: Run) -> str:
+    """What recording did to the time of a run, in words: by comparison, and by the marks alone."""
+    price = run.get("recording") or {"interval": None, "pairs": None, "marks_share": None}
+    change = run["instrumented_over_plain"] - 1
+    text = f"recording changed the time by {100 * change:+.1f} %"
+    if price["interval"]:
+        low, high = (100 * (bound - 1) for bound in price["interval"])
+        text += f", between {low:+.1f} and {high:+.1f} % by {price['pairs']} pairs of {price['unit']}"
+    elif price["pairs"]:
+        text += f" by {price['pairs']} pairs of {price['unit']}, too few for an interval"
+    if price["marks_share"] is not None:
+        text += f"; its {price['marks']:,} marks take {100 * price['marks_share']:.2g} %"
+    return text
+
+
 def start_grid(report: Report) -> Grid:
     """What comes before the steady state, and the steady chunk beside it; empty where nothing was measured."""
     runs = [run for run in report["runs"] if run.get("start")]

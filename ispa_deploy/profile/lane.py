@@ -16,8 +16,10 @@ from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions
 from ispa_deploy.profile.breakdown import Breakdown, typical
 from ispa_deploy.profile.environment import peak_rss, resident, restart_peak
+from ispa_deploy.profile.interval import ENOUGH
 from ispa_deploy.profile.kernels import measure_kernels
-from ispa_deploy.profile.layers import block_times
+from ispa_deploy.profile.layers import block_calls, layer_times
+from ispa_deploy.profile.price import Price, block_ratios, mark_price, price_of
 from ispa_deploy.profile.recorder import ChunkRecorder, Clock, measure, recorder_for, stopwatch
 from ispa_deploy.profile.start import Start, measure_start
 from ispa_deploy.profile.steady import SteadyStream
@@ -83,6 +85,8 @@ class Lane:
     facts: dict[str, Any] = field(default_factory=dict)
     start: Start | None = None
     layer_ms: list[float] = field(default_factory=list)
+    block_ratios: list[float] = field(default_factory=list)
+    mark_ns: float | None = None
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     transient: int | None = None
     peak: int = 0
@@ -90,6 +94,15 @@ class Lane:
     @property
     def run(self) -> Breakdown:
         return typical(self.recorded)
+
+    @property
+    def price(self) -> Price:
+        """Of recording: by blocks where enough of them were compared, else by whole chunks."""
+        marks, chunk = self.recorder.marks(), min(self.plain)  # a mark's price is the least seen, too
+        if len(self.block_ratios) >= ENOUGH:
+            return price_of(self.block_ratios, "blocks", marks, self.mark_ns, chunk)
+        pairs = zip(self.recorded, self.plain, strict=False)
+        return price_of([a.wall / b for a, b in pairs], "chunks", marks, self.mark_ns, chunk)
 
 
 def open_lane(
@@ -140,18 +153,24 @@ def take_plain_turn(lane: Lane, chunks: int, *, clock: Clock) -> None:
         lane.plain += [stopwatch(lane.steady.step, device, clock) for _ in range(chunks)]
 
 
-def keep_log(lane: Lane, clock: Clock) -> None:
-    """From now on the lane's recorder also keeps when each mark began and ended."""
-    device = lane.configuration.model.device
-    if device.type == "cpu":
-        lane.recorder = recorder_for(device, clock, log=True)
+def record_blocks(lane: Lane, clock: Clock, most: int) -> None:
+    """Chunks with a clock around every block, for the table by layers and the price of recording, and for nothing else.
 
-
-def record_layers(lane: Lane, clock: Clock) -> None:
-    """One more chunk with a clock around every block, for the table by layers; it counts for nothing else."""
-    model = lane.configuration.model
+    One chunk tells what each layer takes. Pairs of chunks follow, one to `most` of them, until the price is known.
+    """
+    configuration, device = lane.configuration, lane.configuration.model.device
+    model, recorder = configuration.model, recorder_for(device, clock)
+    if device.type == "cpu" and not configuration.traced:
+        lane.mark_ns = mark_price(recorder, clock)
     with lane.steady.turn():
-        lane.layer_ms = block_times(lane.steady.step, model, clock)
+        lane.layer_ms = layer_times(block_calls(lane.steady.step, model, clock), model.spec.layers)
+        if configuration.traced or not any(lane.layer_ms):
+            return
+        for _ in range(most):
+            even, odd = (block_calls(lane.steady.step, model, clock, recorder, first) for first in (0, 1))
+            lane.block_ratios += block_ratios(even, odd)
+            if lane.price.holds() != "open":
+                break
 
 
 def held_before(device: torch.device) -> int | None:

@@ -2,12 +2,13 @@
 
 A mark closes the running stretch of time and opens the next, so stretches can neither overlap nor leave a hole. What
 lies in no mark is `overhead.python` inside a pass of the model and `unattributed` outside of one. Marks are made once
-per row and recorder and used again: entering one allocates nothing but the number on the stack (0.3 us).
+per row and recorder and used again. While a chunk runs, a mark writes down who it is and when, nothing else; whose time
+that was is worked out after the chunk's clock has stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from itertools import pairwise
 from time import perf_counter_ns, process_time_ns
@@ -21,6 +22,7 @@ from ispa_deploy.regions import ROWS, Recorder, recording
 
 _ROWS = tuple(ROWS)
 _UNATTRIBUTED = len(_ROWS)
+_LEFT = -1
 _GAP = "overhead.python"
 _NS_PER_MS = 1e6
 
@@ -35,166 +37,155 @@ CLOCKS: dict[str, Clock] = {"wall": perf_counter_ns, "cpu": process_time_ns}
 
 
 class ChunkRecorder(Recorder, Protocol):
-    """A recorder that is told where a chunk begins and ends."""
+    """A recorder that is told where a chunk begins and ends, and asked afterwards."""
 
     def begin(self) -> None: ...
 
-    def end(self) -> list[float]:
-        """Milliseconds of every row of `ROWS`, in order, and at last of `unattributed`."""
+    def end(self) -> None: ...
+
+    def marks(self) -> int:
+        """How many marks the chunk that ended last has passed through."""
         ...
 
     def stretches(self) -> list[Stretch]:
-        """The chunk that ended last, moment by moment; empty where no log is kept."""
+        """That chunk, moment by moment; empty before the first."""
         ...
 
 
+def spent(stretches: Iterable[Stretch]) -> list[float]:
+    """Milliseconds of every row of `ROWS`, in order, and at last of `unattributed`."""
+    sums = [0.0] * (_UNATTRIBUTED + 1)
+    for row, ms in stretches:
+        sums[row] += ms
+    return sums
+
+
+def _owners(steps: Iterable[int]) -> Iterator[int]:
+    """Who owns the time after each step: a row is entered, or the innermost one is left."""
+    stack: list[int] = []
+    row = _UNATTRIBUTED
+    for step in steps:
+        if step == _LEFT:
+            row = stack.pop()
+        else:
+            stack.append(row)
+            row = step
+        yield row
+    assert not stack, f"the chunk ended inside '{_ROWS[row]}'"
+
+
 class CpuRecorder:
-    """Reads a clock; exact for work that has ended when its mark ends, as on a CPU.
+    """Reads a clock; exact for work that has ended when its mark ends, as on a CPU."""
 
-    With `log` it also keeps when each mark began and ended; without, marks do not even ask whether to.
-    """
+    __slots__ = ("_clock", "_log", "_marks", "region")
 
-    __slots__ = ("_clock", "_log", "_marks", "_row", "_since", "_spent", "_stack", "region")
-
-    def __init__(self, clock: Clock = perf_counter_ns, *, log: bool = False) -> None:
+    def __init__(self, clock: Clock = perf_counter_ns) -> None:
         self._clock = clock
-        self._log: list[tuple[int, int]] = []
-        mark = _LoggedCpuMark if log else _CpuMark
-        self._marks = {name: mark(self, row) for row, name in enumerate(_ROWS)}
+        # Step and moment in turn, between the moments of begin and end: no object is made for a mark but its moment.
+        self._log: list[int] = []
+        self._marks = _cpu_marks(self._log.append, clock)
         # The look-up itself is the method: no Python frame of ours lies between a mark and its clock.
         self.region: Callable[[str], AbstractContextManager[None]] = self._marks.__getitem__
         self.begin()
 
     def begin(self) -> None:
-        self._spent = [0] * (_UNATTRIBUTED + 1)
-        self._stack: list[int] = []
-        self._row = _UNATTRIBUTED
         self._log.clear()
-        self._since = self._clock()
-        self._note()
+        self._log.append(self._clock())
 
-    def end(self) -> list[float]:
-        now = self._clock()
-        self._spent[self._row] += now - self._since
-        self._since = now
-        self._note()
-        assert not self._stack, f"the chunk ended inside '{_ROWS[self._row]}'"
-        return [ns / _NS_PER_MS for ns in self._spent]
+    def end(self) -> None:
+        self._log.append(self._clock())
+
+    def marks(self) -> int:
+        return self._log.count(_LEFT)
 
     def stretches(self) -> list[Stretch]:
-        if len(self._log) <= 2:  # only begin and end: the marks keep no log
+        if len(self._log) < 2:
             return []
-        return [(row, (after - since) / _NS_PER_MS) for (row, since), (_, after) in pairwise(self._log)]
-
-    def _note(self) -> None:
-        self._log.append((self._row, self._since))
-
-
-class _CpuMark:
-    __slots__ = ("_clock", "_mine", "_recorder")
-
-    def __init__(self, recorder: CpuRecorder, row: int) -> None:
-        self._recorder, self._mine, self._clock = recorder, row, recorder._clock
-
-    def __enter__(self) -> None:
-        now = self._clock()
-        recorder = self._recorder
-        recorder._spent[recorder._row] += now - recorder._since
-        recorder._stack.append(recorder._row)
-        recorder._row, recorder._since = self._mine, now
-
-    def __exit__(self, *_: object) -> None:
-        now = self._clock()
-        recorder = self._recorder
-        recorder._spent[recorder._row] += now - recorder._since
-        recorder._row, recorder._since = recorder._stack.pop(), now
+        moments = [*self._log[:-1:2], self._log[-1]]
+        rows = [_UNATTRIBUTED, *_owners(self._log[1:-1:2])]
+        return [(row, (b - a) / _NS_PER_MS) for row, (a, b) in zip(rows, pairwise(moments), strict=True)]
 
 
-class _LoggedCpuMark(_CpuMark):
-    __slots__ = ()
+def _cpu_marks(note: Callable[[int], None], clock: Clock) -> dict[str, AbstractContextManager[None]]:
+    """A mark per row. Names of an enclosing function are the cheapest to look up, so marks are made inside of one."""
 
-    def __enter__(self) -> None:
-        super().__enter__()
-        self._recorder._note()
+    class Mark:
+        __slots__ = ("_row",)
 
-    def __exit__(self, *_: object) -> None:
-        super().__exit__()
-        self._recorder._note()
+        def __init__(self, row: int) -> None:
+            self._row = row
+
+        def __enter__(self) -> None:
+            note(self._row)
+            note(clock())
+
+        def __exit__(self, kind: object, error: object, traceback: object) -> None:
+            note(_LEFT)
+            note(clock())
+
+    return {name: Mark(row) for row, name in enumerate(_ROWS)}
 
 
 class CudaRecorder:
-    """One event on the stream wherever a mark begins or ends, read after one synchronisation at the end of the chunk.
+    """One event on the stream wherever a mark begins or ends, read after the end of the chunk.
 
     The time between two neighbouring events is the device's, waiting for the next launch included: where Python is too
     slow to keep the device busy, the row that waits shows it. Events are kept and recorded again in the next chunk.
     """
 
-    __slots__ = ("_events", "_marks", "_owners", "_row", "_stack", "_stream", "_stretches", "region")
+    __slots__ = ("_events", "_marks", "_steps", "_stream", "region")
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.current_stream(device)
         self._events: list[torch.cuda.Event] = []
         self._marks = {name: _CudaMark(self, row) for row, name in enumerate(_ROWS)}
         self.region: Callable[[str], AbstractContextManager[None]] = self._marks.__getitem__
-        self._owners: list[int] = []
-        self._stretches: list[Stretch] = []
-        self._stack: list[int] = []
-        self._row = _UNATTRIBUTED
+        self._steps: list[int] = []
 
     def begin(self) -> None:
-        self._owners, self._stack, self._row = [], [], _UNATTRIBUTED
-        self._note()
+        self._steps = []
+        self._event(0)
 
-    def end(self) -> list[float]:
-        assert not self._stack, f"the chunk ended inside '{_ROWS[self._row]}'"
-        self._note()
+    def end(self) -> None:
+        self._event(len(self._steps) + 1)
         self._stream.synchronize()
-        self._stretches = [
-            (row, self._events[index].elapsed_time(self._events[index + 1]))
-            for index, row in enumerate(self._owners[:-1])
-        ]
-        spent = [0.0] * (_UNATTRIBUTED + 1)
-        for row, ms in self._stretches:
-            spent[row] += ms
-        return spent
+
+    def marks(self) -> int:
+        return self._steps.count(_LEFT)
 
     def stretches(self) -> list[Stretch]:
-        return list(self._stretches)
+        if not self._events:
+            return []
+        rows = [_UNATTRIBUTED, *_owners(self._steps)]
+        return [(row, self._events[n].elapsed_time(self._events[n + 1])) for n, row in enumerate(rows)]
 
-    def _note(self) -> None:
-        """An event now; the row in force owns the time from here to the next one."""
-        index = len(self._owners)
+    def note(self, step: int) -> None:
+        """A row is entered or, `_LEFT`, left: an event now."""
+        self._steps.append(step)
+        self._event(len(self._steps))
+
+    def _event(self, index: int) -> None:
         if index == len(self._events):
             self._events.append(torch.cuda.Event(enable_timing=True))
         self._events[index].record(self._stream)
-        self._owners.append(self._row)
-
-    def _enter(self, row: int) -> None:
-        self._stack.append(self._row)
-        self._row = row
-        self._note()
-
-    def _leave(self) -> None:
-        self._row = self._stack.pop()
-        self._note()
 
 
 class _CudaMark:
-    __slots__ = ("_mine", "_recorder")
+    __slots__ = ("_recorder", "_row")
 
     def __init__(self, recorder: CudaRecorder, row: int) -> None:
-        self._recorder, self._mine = recorder, row
+        self._recorder, self._row = recorder, row
 
     def __enter__(self) -> None:
-        self._recorder._enter(self._mine)
+        self._recorder.note(self._row)
 
     def __exit__(self, *_: object) -> None:
-        self._recorder._leave()
+        self._recorder.note(_LEFT)
 
 
-def recorder_for(device: torch.device, clock: Clock = perf_counter_ns, *, log: bool = False) -> ChunkRecorder:
-    """The recorder for work on `device`; a GPU's events are its clock and, at no further cost, its log."""
-    return CudaRecorder(device) if device.type == "cuda" else CpuRecorder(clock, log=log)
+def recorder_for(device: torch.device, clock: Clock = perf_counter_ns) -> ChunkRecorder:
+    """The recorder for work on `device`; a GPU's events are its clock."""
+    return CudaRecorder(device) if device.type == "cuda" else CpuRecorder(clock)
 
 
 def synchronise(device: torch.device) -> None:
@@ -223,20 +214,19 @@ def measure(
 
     `recorder`: one of the same device and clock to use again, for its events are made once.
     """
-    recorder, spent = recorder or recorder_for(device, clock), [0.0]
+    recorder = recorder or recorder_for(device, clock)
 
     def recorded() -> None:
-        nonlocal spent
         recorder.begin()
         work()
-        spent = recorder.end()
+        recorder.end()
 
     with recording(recorder), ExitStack() as hooks:
         gap = recorder.region(_GAP)
         for handle in _around(model, gap.__enter__, lambda: gap.__exit__(None, None, None)):
             hooks.callback(handle.remove)
         wall = stopwatch(recorded, device, clock)
-    *components, unattributed = spent
+    *components, unattributed = spent(recorder.stretches())
     return Breakdown(dict(zip(_ROWS, components, strict=True)), unattributed, wall)
 
 

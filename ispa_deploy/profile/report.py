@@ -15,6 +15,7 @@ import torch
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.profile.breakdown import RULES, closing
 from ispa_deploy.profile.environment import environment
+from ispa_deploy.profile.grids import recording_price
 from ispa_deploy.profile.interval import median_interval, ratio_interval
 from ispa_deploy.profile.lane import Lane
 from ispa_deploy.profile.paper import (
@@ -94,6 +95,8 @@ def warnings(report: dict[str, Any]) -> list[str]:
                 for rule in rules["broken"]
             ]
             found.append(f"the account of '{run['name']}' does not close: {'; '.join(texts)}")
+        if rules["undecided"]:
+            found.append(f"whether the account of '{run['name']}' closes is undecided: {recording_price(run)}")
         found += [f"'{run['name']}': {text}" for text in run["complaints"]]
         if times["n"] < FEW:
             found.append(f"'{run['name']}' was timed over {times['n']} chunks only")
@@ -108,9 +111,10 @@ def warnings(report: dict[str, Any]) -> list[str]:
 def doubt(report: dict[str, Any], figure: str) -> str | None:
     """Why this figure of the paper cannot count as reproduced by this report, whatever it came to; None if it can."""
     runs = [run for run in report["runs"] if run["name"] in (report["baseline"], FIGURE_RUNS[figure])]
-    open_accounts = [run["name"] for run in runs if not run["closing"]["closed"]]
-    if open_accounts:
-        return f"the account of '{open_accounts[0]}' does not close"
+    for run in runs:
+        if not run["closing"]["closed"]:
+            state = "does not close" if run["closing"]["broken"] else "is undecided"
+            return f"the account of '{run['name']}' {state}"
     times = {run["name"]: run["chunk_ms"] for run in runs}
     unsteady = [name for name, ms in times.items() if ms["spread"] > UNSTEADY * ms["median"]]
     if unsteady:
@@ -142,7 +146,7 @@ def _model_row(model: CausalWanDiT) -> dict[str, Any]:
 def _run_row(lane: Lane, base: Lane, published: Lane | None, peak: dict[str, Any], pixel_frames: int) -> dict[str, Any]:
     options, spec = lane.configuration.options, lane.configuration.model.spec
     run, reference, facts = lane.run, base.run, lane.facts
-    overhead = median(a.wall / b for a, b in zip(lane.recorded, lane.plain, strict=False))
+    price = lane.price
     complaints = lane.configuration.complaints
     return {
         "name": lane.configuration.name,
@@ -156,8 +160,9 @@ def _run_row(lane: Lane, base: Lane, published: Lane | None, peak: dict[str, Any
         "families": run.families,
         "components": dict(run.components),
         "unattributed_ms": run.unattributed,
-        "instrumented_over_plain": overhead,
-        "closing": closing(run, overhead),
+        "instrumented_over_plain": price.ratio,
+        "recording": price.to_dict(),
+        "closing": closing(run, price.ratio, price.holds()),
         "speedup": median(base.plain) / median(lane.plain),
         "speedup_interval": ratio_interval(base.plain, lane.plain),
         "speedup_published": median(published.plain) / median(lane.plain) if published else None,

@@ -86,7 +86,21 @@ def paper_grid(report: Report) -> list[list[str]]:
 def sentences(report: Report) -> list[str]:
     """What the numbers mean and what speaks against them, one plain sentence each."""
     peaks = [peak_line(report)] if report.get("peak") else []
-    return [*explanations(report), *peaks, *(f"Warning: {warning}" for warning in report["warnings"])]
+    warnings = [f"Warning: {warning}" for warning in report["warnings"]]
+    return [*explanations(report), *peaks, *account(report), *warnings]
+
+
+def account(report: Report) -> list[str]:
+    """How far the rows are from the time they account for, where every account closes; else warnings say it."""
+    rules = [run["closing"] for run in report["runs"]]
+    if not all(rule["closed"] for rule in rules):
+        return []
+    error, lost = (100 * max(rule[name] for rule in rules) for name in ("sum_error", "unattributed_share"))
+    limit = 100 * rules[0]["limits"]["instrumented_over_plain"]
+    return [
+        f"Every account closes: rows and wall time differ by {error:.2g} % at most, at most {lost:.2g} % of a chunk is "
+        f"in no row, and recording changes the time by less than {limit:g} %."
+    ]
 
 
 def explanations(report: Report) -> list[str]:
