@@ -455,6 +455,8 @@ def _run(
     stored = load_deltas(files.deltas, base_sha256=bundle.base_sha256, spec=bundle.spec) if files.deltas else None
     initial = read_start(prompts.initial, image, bundle, options)
     stream = bundle.stream(first, options, deltas=stored, switches=later, initial=initial, scene=scene)
+    coded = stream.cache.coded_attention
+    simulated = coded.assert_runs(allow_fallback=machine.allow_fallback) if coded else []
     planned = cues(first, later, stream.chunks)
     if save_deltas is not None:
         check_deltas_to_come(stream)
@@ -473,7 +475,7 @@ def _run(
     if save_deltas is not None and (stream.absorber.deltas or document["complete"]):
         save_deltas_of(save_deltas, stream.absorber, base_sha256=bundle.base_sha256)
         document["outputs"]["deltas"] = str(save_deltas)
-    warnings = assert_ran(bundle.model, bundle.manifest.quantised, allow_fallback=machine.allow_fallback)
+    warnings = simulated + assert_ran(bundle.model, bundle.manifest.quantised, allow_fallback=machine.allow_fallback)
     for warning in warnings:
         say(f"warning: {warning}")
     return {

@@ -56,6 +56,7 @@ class Setup:
     stats_device: str | None = None
     batch: int = 1
     kv_dtype: str = "auto"
+    attention_dtype: str = "auto"
     vae: bool = False
     offload: bool = False
     per_step: bool = False
@@ -220,16 +221,19 @@ def _local_layers(spec: ModelSpec, setup: Setup, policy: Policy) -> int:
 
 
 def _scratch(spec: ModelSpec, setup: Setup, kept: int | None) -> int:
-    """Shared by all layers and in the dtype: a window rotated or decoded, an L-layer's frames beside the chunk's."""
+    """Shared by all layers and in the dtype: a window rotated or decoded, an L-layer's frames beside the chunk's.
+    8-bit attention decodes no window, and codes the keys again that it rotates."""
     one = setup.batch * spec.frame_tokens * spec.dim * ITEM_BYTES[setup.dtype]
     if spec.audio_blocks:
         visiting = 2 * one * spec.window_frames if setup.offload else 0
         sink = POLICIES[setup.policy].sink * condition_length(spec, spec.grid) * one // spec.frame_tokens
         joined = 0 if kept is None else 2 * (sink + one * (setup.recent_frames + spec.chunk_frames))
         return visiting + joined
+    local = 0 if kept is None else kept + max(spec.chunk_frames, spec.first_chunk_frames)
+    if setup.attention_dtype != "auto":
+        return 2 * one * local + (spec.window_frames * kv_frame_bytes(spec, setup) // 2 if spec.rotates_on_read else 0)
     decoded = 0 if setup.kv_dtype == "auto" else spec.window_frames
     rotated = spec.window_frames if spec.rotates_on_read else 0
-    local = 0 if kept is None else kept + max(spec.chunk_frames, spec.first_chunk_frames)
     return one * (max(decoded, rotated, local) + max(decoded, local))
 
 

@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 
 from ispa_deploy.attention import attend
-from ispa_deploy.errors import InputError
-from ispa_deploy.kvstore import Layout, Store, coders
+from ispa_deploy.attention_int8 import CodedAttention
+from ispa_deploy.errors import InputError, known_names
+from ispa_deploy.kvstore import CodedStore, Layout, Store, coders
 from ispa_deploy.layercache import LayerCache, LocalCache, Observer, WindowCache
 from ispa_deploy.regions import region
 from ispa_deploy.rope import Rope, rotate
 from ispa_deploy.slots import WindowSlots, split_past
 from ispa_deploy.specs import ModelSpec
+
+ATTENTION_DTYPES = ("auto", "int8")
 
 
 class KVCache:
@@ -34,6 +37,7 @@ class KVCache:
     `observer(layer, local, full)` listens on F-layers: (B, S, H, D) outputs of attention over local and over all keys.
     `committing` marks the clean pass, the only writer of history. Shapes other than the spec's own latent size are
     given by `grid` (rows, columns of tokens). `kv_dtype`: `auto` holds frames in `dtype`, `int8` and `fp8` in 8 bits.
+    `attention_dtype` `int8` lets F-layers read int8 frames as they lie; `auto` decodes them first.
     `generation` counts the times that a buffer which passes read was replaced by another one.
     `past_bias` in (0, 1] weighs the keys between the first frame and the current chunk against the others
     (daydreamlive/scope's KV attention bias); 1: as they are. `rests`: whether idle parts lie in host memory.
@@ -53,6 +57,7 @@ class KVCache:
         grid: tuple[int, int] | None = None,
         backend: str = "auto",
         kv_dtype: str = "auto",
+        attention_dtype: str = "auto",
         past_bias: float = 1.0,
     ):
         if not 0 < past_bias <= 1:
@@ -69,12 +74,27 @@ class KVCache:
         self.device, self.frame_tokens = torch.device(device), rows * columns
         self._layout = Layout(batch, rows * columns, spec.heads, spec.head_dim, dtype, self.device)
         self.kv_dtype, self._coders = kv_dtype, coders(kv_dtype, self.device)
+        self.coded_attention = self._coded_attention(attention_dtype, dtype)
         self._rope = Rope(spec.head_dim, (rows, columns), theta=spec.rope_theta, device=device)
         self._turn = torch.empty(0)
         self._turn_of: dict[int, Tensor] = {}
         self._turns: dict[tuple[int, ...], Tensor] = {}
         self._scratch: dict[str, Tensor] = {}
+        self._recoded: tuple[Tensor, ...] = ()
         self._layers: list[LayerCache] = [self._fresh() for _ in range(spec.layers)]
+
+    def _coded_attention(self, name: str, dtype: torch.dtype) -> CodedAttention | None:
+        if name not in ATTENTION_DTYPES:
+            raise known_names("attention dtype", name, ATTENTION_DTYPES)
+        if name == "auto":
+            return None
+        if self.kv_dtype != name:
+            raise InputError(f"--attention-dtype {name} with --kv-dtype {self.kv_dtype}: expected --kv-dtype {name}")
+        if self.past_bias:
+            raise InputError(
+                f"--attention-dtype {name} with --kv-bias: it does not weigh the past, leave one of them out"
+            )
+        return CodedAttention(self.device, dtype, self.spec.head_dim)
 
     def _fresh(self) -> LayerCache:
         """An F-layer at the stream's beginning."""
@@ -254,6 +274,31 @@ class KVCache:
             scratch.copy_(rotate(k.flatten(1, 2), self._turns[positions]).view_as(scratch))
             return scratch
 
+    def seen_now(self, k: Tensor) -> Tensor:
+        """Keys (B, S, H, D) of this pass, as stored, in the form its queries see."""
+        if not self.spec.rotates_on_read:
+            return k
+        with region("overhead.rope"):
+            return rotate(k, self._turn)
+
+    def seen_codes(self, k: Store, slots: list[int], frames: list[int]) -> tuple[Tensor, ...]:
+        """Codes (B, F, T, H, D) and scales (B, F, T, H, 1) of stored keys as a query sees them: slot by slot, good in
+        `slots`, where `frames` lie. Keys that are rotated on every read are coded again after it."""
+        if not self.spec.rotates_on_read:
+            return k.parts
+        assert isinstance(k, CodedStore)
+        if not self._recoded:
+            self._recoded = self._layout.store(self.spec.window_frames, k.coder).parts
+        with region("overhead.rope"):
+            for slot in slots:
+                position = (self.position(frames[slot]),)
+                if position not in self._turns:
+                    self._turns[position] = self._rope.frames(position)
+                turned = rotate(k.frame(slot), self._turns[position])
+                for part, value in zip(self._recoded, k.coder.code(turned), strict=True):
+                    part[:, slot] = value
+        return self._recoded
+
     def scratch(self, name: str, frames: int) -> Tensor:
         """(B, F, T, H, D) of shared, transient space."""
         held = self._scratch.get(name)
@@ -314,7 +359,8 @@ class KVCache:
 
     def scratch_bytes(self) -> int:
         """Bytes allocated for transient keys and values shared by all layers."""
-        return int(sum(scratch.untyped_storage().nbytes() for scratch in self._scratch.values()))
+        held = (*self._scratch.values(), *self._recoded)
+        return int(sum(scratch.untyped_storage().nbytes() for scratch in held))
 
     def errors(self) -> dict[str, float | None]:
         """Relative L2 error of keys and values held in 8 bits; empty where frames are held as they come."""

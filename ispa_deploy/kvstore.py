@@ -67,14 +67,18 @@ class Coder:
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, H, D) of any float dtype -> codes of that shape and float16 scales (B, T, H, 1)."""
         values = x.float()
+        codes, scale = self.code(values)
+        self._watch(*(tensor[:, ::WATCHED] for tensor in (values, codes, scale)))
+        return codes, scale
+
+    def code(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of float32, not counted."""
         amax = values.abs().amax(-1, keepdim=True)
         scale = (torch.where(amax.isfinite(), amax, torch.nan) / self._peak).clamp_min(SCALE_FLOOR).half()
         codes = values / scale.float()
         if self.dtype == torch.int8:
             codes = codes.round_()
-        codes = codes.clamp_(-self._peak, self._peak).to(self.dtype)
-        self._watch(*(tensor[:, ::WATCHED] for tensor in (values, codes, scale)))
-        return codes, scale
+        return codes.clamp_(-self._peak, self._peak).to(self.dtype), scale
 
     def _watch(self, values: Tensor, codes: Tensor, scale: Tensor) -> None:
         lost = (values - decode(codes, scale)).square().sum(dtype=torch.float64)
@@ -153,11 +157,11 @@ class CodedStore(Store):
     exact = False
 
     def __init__(self, layout: Layout, frames: int, coder: Coder):
-        self._coder = coder
+        self.coder = coder
         self.parts = (layout.buffer(frames, dtype=coder.dtype), layout.buffer(frames, width=1, dtype=torch.float16))
 
     def put(self, slot: int, x: Tensor) -> None:
-        for part, value in zip(self.parts, self._coder.encode(x), strict=True):
+        for part, value in zip(self.parts, self.coder.encode(x), strict=True):
             part[:, slot] = value
 
     def frame(self, slot: int) -> Tensor:

@@ -22,9 +22,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ispa_deploy.attention import Attended, attend, merge
+from ispa_deploy.attention_int8 import Coded, CodedAttention
 from ispa_deploy.kvstore import Places, Store
 from ispa_deploy.regions import region
-from ispa_deploy.slots import Range, WindowSlots, split_past
+from ispa_deploy.slots import Range, WindowSlots, coalesce, split_past
 
 Observer = Callable[[int, Tensor, Tensor], None]
 
@@ -40,10 +41,13 @@ class Frames(Protocol):
     local_sink: int
     backend: str
     past_bias: float
+    coded_attention: CodedAttention | None
 
     def by_frame(self, x: Tensor) -> Tensor: ...
     def stored(self, k: Tensor) -> Tensor: ...
     def seen(self, k: Tensor, frames: list[int]) -> Tensor: ...
+    def seen_now(self, k: Tensor) -> Tensor: ...
+    def seen_codes(self, k: Store, slots: list[int], frames: list[int]) -> tuple[Tensor, ...]: ...
     def scratch(self, name: str, frames: int) -> Tensor: ...
     def arrangement(self, held: list[int]) -> Hashable: ...
 
@@ -139,6 +143,8 @@ class WindowCache:
                 self.v.put(slot, values[:, index])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, frames: Frames) -> Tensor:
+        if frames.coded_attention is not None:
+            return self._attend_coded(layer, q, k, v, frames, frames.coded_attention)
         stored = frames.stored(k)
         with region("attention.cache"):
             keys, values = self._window(frames.by_frame(stored), frames.by_frame(v), frames)
@@ -154,6 +160,43 @@ class WindowCache:
             full = merge(full, over((part,)))
         frames.observer(layer, local.out, full.out)
         return full.out
+
+    def _attend_coded(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, frames: Frames, coded: CodedAttention
+    ) -> Tensor:
+        """The past is read in 8 bits as it lies, what this pass computes as it came; each part joins the last."""
+        places, stored = self._places(frames), frames.stored(k)
+        fresh = (self._placed(frames.by_frame(x), places).flatten(1, 2) for x in (frames.seen_now(stored), v))
+        now = attend(q, *fresh, backend=frames.backend)
+        taken = {slot for _, slot in places}
+        past = [slot for slot in range(self.slots.filled) if slot not in taken]
+        with region("attention.cache"):
+            keys, values = frames.seen_codes(self.k, past, self.slots.frames), self.v.parts
+
+        def join(before: Attended, ranges: tuple[Range, ...]) -> Attended:
+            for a, b in ranges:
+                k_part, v_part = (Coded(*(x[:, a:b].flatten(1, 2) for x in each)) for each in (keys, values))
+                before = coded(q, k_part, v_part, before)
+            return before
+
+        if frames.observer is None:
+            out = join(now, coalesce(past)).out
+        else:
+            near = {slot for a, b in self.slots.local(frames.start, frames.local_sink) for slot in range(a, b)}
+            local = join(now, coalesce(slot for slot in past if slot in near))
+            out = join(local, coalesce(slot for slot in past if slot not in near)).out
+            frames.observer(layer, local.out, out)
+        if frames.committing or frames.recaching:
+            with region("attention.cache"):
+                for index, slot in places:
+                    self.k.put(slot, frames.by_frame(stored)[:, index])
+                    self.v.put(slot, frames.by_frame(v)[:, index])
+        return out
+
+    @staticmethod
+    def _placed(x: Tensor, places: Places) -> Tensor:
+        """Those frames of x (B, F, T, H, D) that have a place."""
+        return x if len(places) == x.shape[1] else x[:, [index for index, _ in places]]
 
     def form(self, frames: Frames) -> Hashable:
         """As `KVCache.form`."""

@@ -63,6 +63,7 @@ def setup_of(stream: Stream) -> Setup:
         stats_device=absorber.stats_device,
         batch=cache.batch,
         kv_dtype=cache.kv_dtype,
+        attention_dtype="int8" if cache.coded_attention else "auto",
         vae=isinstance(getattr(stream.decoder, "nbytes", None), int),
         offload=cache.rests or bool(getattr(stream.decoder, "rests", False)),
         per_step=not absorber.storable,
@@ -84,6 +85,7 @@ def setup_for(model: nn.Module, dtype: object, options: StreamOptions) -> Setup:
         delta=options.delta,
         stats_device=options.stats_device,
         kv_dtype=options.kv_dtype,
+        attention_dtype=options.attention_dtype,
         offload=options.offload,
     )
 

@@ -51,6 +51,7 @@ class StreamOptions:
     `global_sink: false`; off: the old prompt's stay.
     `sink_dtype` `model`: an averaging sink is rounded to the cache's dtype after every chunk, as upstream.
     `kv_dtype`: how frames are held between chunks, `auto` (the model's own dtype), `int8` or `fp8`.
+    `attention_dtype`: `int8` lets F-layers read an int8 cache as it lies, with int8 queries; `auto` decodes it.
     `delta_rank`: how many directions of each correction are kept; None: all. `quantisation_aware`: see `Settings`.
     Speech to video only: `rope_table`: `exact`, or `fp16` as upstream rounds it; `online_reference`: the first
     generated frame takes the reference's place after the first clip, as upstream's online decoding does; `per_step`:
@@ -94,6 +95,7 @@ class StreamOptions:
     backend: str = "auto"
     full_commit: bool = False
     kv_dtype: str = "auto"
+    attention_dtype: str = "auto"
     rope_table: str = "exact"
     online_reference: bool = False
     per_step: bool = False
@@ -206,12 +208,15 @@ def _cache(
             raise InputError(f"{flags} with '{spec.name}': expected a speech-to-video model")
         return KVCache(
             spec, batch=batch, dtype=model.dtype, device=model.device, recent=recent, local_sink=sink,
-            backend=options.backend, kv_dtype=options.kv_dtype, past_bias=options.kv_bias,
+            backend=options.backend, kv_dtype=options.kv_dtype, attention_dtype=options.attention_dtype,
+            past_bias=options.kv_bias,
         )  # fmt: skip
     if options.infinity or options.sink is not None:
         raise InputError(f"--infinity and --sink with '{spec.name}': its sink is the image, at positions of its own")
     if options.kv_dtype != "auto":
         raise InputError(f"--kv-dtype {options.kv_dtype} with '{spec.name}': expected auto, its rings are not coded")
+    if options.attention_dtype != "auto":
+        raise InputError(f"--attention-dtype {options.attention_dtype} with '{spec.name}': its rings are not coded")
     return AvatarCache(
         spec, batch=batch, dtype=model.dtype, device=model.device, recent=recent, local_sink=sink,
         backend=options.backend, half_table=options.rope_table == "fp16", offload=options.offload,

@@ -120,6 +120,9 @@ class CacheFlags:
     kv_dtype: Annotated[
         str, typer.Option(help="How cached keys and values are held: auto (the model's own dtype), int8 or fp8.")
     ] = "auto"
+    attention_dtype: Annotated[
+        str, typer.Option(help="int8: full layers attend to an int8 cache without decoding it; auto: decode it.")
+    ] = "auto"
     backend: Annotated[str, typer.Option("--attention", help="Attention backend; auto is the best that runs here.")] = (
         "auto"
     )

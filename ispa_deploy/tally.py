@@ -121,6 +121,7 @@ def report_of(
             "wide_sink_bytes": cache.wide_sink_bytes(),
             "dtype": cache.kv_dtype,
             "error": cache.errors(),
+            "attention": cache.coded_attention.report() if cache.coded_attention else None,
             "per_chunk_bytes": tally.kv_bytes,
         },
         "delta_modes": tally.delta_modes,

@@ -232,6 +232,7 @@ def test_what_is_missing_is_named(bundle: Path, given: tuple[object, ...], witho
     "flags",
     [
         ("--kv-dtype", "int8"),
+        ("--attention-dtype", "int8"),
         ("--rope-table", "half"),
         ("--recent-frames", 2),
         ("--infinity",),

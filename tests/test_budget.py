@@ -53,6 +53,8 @@ CASES: list[tuple[ModelSpec, str, torch.dtype, dict[str, Any]]] = [
     (EMA, "w8a8-int8", torch.bfloat16, {"policy": "window", "window": 9}),
     (EMA, "none", torch.float32, {"kv_dtype": "int8"}),
     (SPEC, "w8a8-int8", torch.bfloat16, {"kv_dtype": "int8", "recent_frames": 3}),
+    (SPEC, "none", torch.bfloat16, {"kv_dtype": "int8", "attention_dtype": "int8", "recent_frames": 3}),
+    (EMA, "none", torch.bfloat16, {"kv_dtype": "int8", "attention_dtype": "int8"}),
     (FIRST, "none", torch.bfloat16, {"warmup": 10, "delta": "fold"}),
     (KREA, "w8a8-int8", torch.bfloat16, {}),
     (KREA, "none", torch.bfloat16, {"kv_frames": 3, "height": 64, "ratio": 1.0}),

@@ -28,6 +28,7 @@ from export.convert import quantise_source
 from export.deltas import HEADER_KEY
 from export.manifest import MANIFEST, file_digest
 from ispa_deploy import __version__
+from ispa_deploy.attention_int8 import kernels
 from ispa_deploy.demo.codec import BlockCodec
 from ispa_deploy.media.video import read_video
 from ispa_deploy.sampler import Sampler
@@ -173,6 +174,16 @@ def test_keys_and_values_in_eight_bits(demo: Path) -> None:
     assert coded["persistent_bytes"] * 128 == plain["persistent_bytes"] * (32 + 2), "float32, heads of 32"
     assert all(0 < coded["error"][name] < 0.02 for name in ("keys", "values"))
     refused(stream(demo, "--kv-dtype", "int4"), "unknown KV dtype 'int4'", "auto, fp8, int8")
+
+
+def test_attention_in_eight_bits(demo: Path) -> None:
+    flags = "--kv-dtype", "int8", "--attention-dtype", "int8"
+    done = stream(demo, *flags, "--allow-fallback", frames=6).document
+    assert done["kv"]["attention"]["kernel"] in kernels()
+    assert done["kv"]["attention"]["calls"] > 0
+    simulated = stream(demo, *flags, "--dtype", "float16", frames=6)
+    refused(simulated, "8-bit attention was simulated", "float16", "--attention-dtype", code=1)
+    refused(stream(demo, *flags[2:]), "--attention-dtype int8 with --kv-dtype auto", "--kv-dtype int8")
 
 
 def test_ctrl_c_finishes_the_chunk_and_closes_the_video(

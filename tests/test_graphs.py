@@ -44,6 +44,7 @@ def _counts(stream: Stream) -> tuple[int, int]:
         {"recent_frames": 3},
         {"ratio": 1.0, "spread_solve": 1},
         {"kv_dtype": "int8"},
+        {"kv_dtype": "int8", "attention_dtype": "int8"},
         {"full_commit": True, "delta": "side"},
     ],
     ids=str,

@@ -11,7 +11,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
+from ispa_deploy.attention import Attended
+from ispa_deploy.attention_int8 import Coded, plain
+from ispa_deploy.kvstore import PEAKS, Coder
 from quant.primitives import int_matmul, quantise_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,7 +33,7 @@ def test_this_file_interpreted() -> None:
         env={**os.environ, "TRITON_INTERPRET": "1"}, check=False, capture_output=True, text=True,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-3000:]
-    assert "14 passed" in child.stdout
+    assert "19 passed" in child.stdout
 
 
 def _interpreted(name: str) -> ModuleType:
@@ -47,6 +51,11 @@ def kernels() -> ModuleType:
 @pytest.fixture
 def passes() -> ModuleType:
     return _interpreted("ispa_deploy.triton_passes")
+
+
+@pytest.fixture
+def attending() -> ModuleType:
+    return _interpreted("ispa_deploy.triton_attention")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy, on NaN rows
@@ -139,3 +148,39 @@ def test_layer_on_cuda(m: int) -> None:
     assert float((y - want).norm() / want.norm()) <= 2e-2
     assert layer.exact
     assert layer.calls == 1
+
+
+@pytest.mark.parametrize("width", [40, 64])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_attention_over_codes_against_float64(
+    attending: ModuleType, width: int, dtype: torch.dtype, bound: float
+) -> None:
+    """Of views, alone and going on from other keys, some of which saw none. A tie of a code may fall either way."""
+    q = torch.randn(2, 70, 6, width, device=DEVICE).to(dtype)[:, :, 2:4]
+    keys, values = (Coded(*_coded(torch.randn(2, 150, 3, width, device=DEVICE) * 2)) for _ in range(2))
+    keys, values = (Coded(*(part[:, 7:, 1:] for part in each)) for each in (keys, values))
+    before = Attended(torch.randn_like(q), torch.randn(2, 70, 2, device=DEVICE) + 3)
+    before.lse[:, :5] = -torch.inf
+    for known in (None, before):
+        out, lse = attending.attention(q, keys, values, *(known or (None, None)))
+        wide = None if known is None else Attended(known.out.double(), known.lse.double())
+        want = plain(q.float().double(), keys, values, wide)
+        assert float((out.double() - want.out).norm() / want.out.norm()) < bound
+        torch.testing.assert_close(lse.double(), want.lse, rtol=0, atol=3 * bound)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, on NaN
+def test_attention_over_codes_of_special_values(attending: ModuleType) -> None:
+    q = torch.randn(1, 8, 3, 32, device=DEVICE)
+    q[0, 1], q[0, 2, 0, 5], q[0, 3, 1, 2] = 0, torch.nan, torch.inf
+    keys, values = (Coded(*_coded(torch.randn(1, 40, 3, 32, device=DEVICE))) for _ in range(2))
+    keys.scale[0, 9, 2] = torch.nan
+    out, lse = attending.attention(q, keys, values, None, None)
+    want = plain(q, keys, values, None)
+    assert torch.equal(out.isnan(), want.out.isnan())
+    assert torch.equal(lse.isnan(), want.lse.isnan())
+    torch.testing.assert_close(out[:, :, :2], want.out[:, :, :2], rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+def _coded(x: Tensor) -> tuple[Tensor, Tensor]:
+    return Coder(*PEAKS["int8"], x.device).encode(x)

@@ -1,7 +1,8 @@
-"""Kernels in C for CPUs with AVX512-BF16, compiled on first use where a C compiler is found; never needed.
+"""Kernels in C, compiled on first use where a C compiler is found; never needed.
 
-`library()` is the loaded library or None, `refusal()` says why it is None. The compiled file is kept in the user's
-cache folder (`XDG_CACHE_HOME`, else `~/.cache`), named after its source and compiler: two seconds once per machine. It
+Passes and attention in bfloat16 want AVX512-BF16 (`MAIN`); 8-bit attention wants AVX512-VNNI or, slower, AVX2 (`INT8`).
+`library()` is a loaded library or None, `refusal()` says why it is None. The compiled file is kept in the user's cache
+folder (`XDG_CACHE_HOME`, else `~/.cache`), named after its source and compiler: two seconds once per machine. It
 contains no `-march=native`, so that a cache shared between machines cannot hold instructions one of them lacks; what
 it does need is asked of the CPU first. It runs on PyTorch's own OpenMP
 threads (a PyTorch on another runtime leaves its symbols open, and loading fails). `ISPA_NATIVE=0` switches it off.
@@ -16,63 +17,87 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
-_SOURCES = ("attention.c", "elementwise.c", "sums.c")
-_HEADERS = ("vector.h",)
 # No -ffast-math: infinities and NaN are data here. No -lgomp: a second OpenMP runtime would fight PyTorch's threads.
-_FLAGS = (
-    *("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-    # Products and sums round apart, as PyTorch's do: codes are equal bit for bit.
-    *("-mavx512bf16", "-mfma", "-ffp-contract=off"),
+# Products and sums round apart, as PyTorch's do: codes are equal bit for bit.
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-mfma", "-ffp-contract=off")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+
+
+@dataclass(frozen=True)
+class Build:
+    """A library: `lacks` says what a CPU needs for it that `runs` does not find."""
+
+    name: str
+    sources: tuple[str, ...]
+    headers: tuple[str, ...]
+    flags: tuple[str, ...]
+    runs: Callable[[], bool]
+    lacks: str
+
+
+MAIN = Build(
+    "kernels", ("attention.c", "elementwise.c", "sums.c"), ("vector.h",), (*_AVX512, "-mavx512bf16"),
+    torch.cpu._is_avx512_bf16_supported, "AVX512-BF16",
 )  # fmt: skip
+_INT8 = ("attention_int8.c",), ("lanes.h",)
+INT8 = {
+    "avx512-vnni": Build(
+        "int8-avx512-vnni", *_INT8, (*_AVX512, "-mavx512vnni", "-mf16c"), torch.cpu._is_vnni_supported, "AVX512-VNNI"
+    ),
+    "avx2": Build("int8-avx2", *_INT8, ("-mavx2", "-mf16c"), torch.cpu._is_avx2_supported, "AVX2"),
+}
+"""The same source for two instruction sets, the faster first."""
 
 
 class _Refused(Exception):
     """Why there is no library, in a few words."""
 
 
-def library() -> ctypes.CDLL | None:
+def library(build: Build = MAIN) -> ctypes.CDLL | None:
     """The library, compiled and loaded on the first call."""
-    return _load()[0]
+    return _load(build)[0]
 
 
-def refusal() -> str | None:
+def refusal(build: Build = MAIN) -> str | None:
     """A few words on why there is no library; None when there is one."""
-    return _load()[1]
+    return _load(build)[1]
 
 
 @cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
+def _load(build: Build) -> tuple[ctypes.CDLL | None, str | None]:
     try:
-        _check_machine()
-        return ctypes.CDLL(str(_compiled())), None
+        _check_machine(build)
+        return ctypes.CDLL(str(_compiled(build))), None
     except (_Refused, OSError, RuntimeError, subprocess.SubprocessError) as error:
         return None, str(error)
 
 
-def _check_machine() -> None:
+def _check_machine(build: Build) -> None:
     if os.environ.get("ISPA_NATIVE", "1") == "0":
         raise _Refused("switched off by ISPA_NATIVE=0")
-    if not torch.cpu._is_avx512_bf16_supported():
-        raise _Refused("this CPU has no AVX512-BF16")
+    if not build.runs():
+        raise _Refused(f"this CPU has no {build.lacks}")
 
 
-def _compiled() -> Path:
+def _compiled(build: Build) -> Path:
     """The compiled library, from the cache or built now."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc")), None)
     if compiler is None or shutil.which(compiler) is None:
         raise _Refused("no C compiler found")
     folder = Path(__file__).parent
-    digest = hashlib.sha256(" ".join((shutil.which(compiler) or "", *_FLAGS)).encode())
-    for name in (*_HEADERS, *_SOURCES):
+    digest = hashlib.sha256(" ".join((shutil.which(compiler) or "", *_FLAGS, *build.flags)).encode())
+    for name in (*build.headers, *build.sources):
         digest.update((folder / name).read_bytes())
-    target = _cache_folder() / f"kernels-{digest.hexdigest()[:16]}.so"
+    target = _cache_folder() / f"{build.name}-{digest.hexdigest()[:16]}.so"
     if not target.exists():
-        _build(compiler, folder, target)
+        _make(build, compiler, folder, target)
     return target
 
 
@@ -91,13 +116,13 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _build(compiler: str, folder: Path, target: Path) -> None:
+def _make(build: Build, compiler: str, folder: Path, target: Path) -> None:
     """Compile into a folder of its own beside the target, then rename: two processes may build at once."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
-        objects = [str(Path(scratch) / name.replace(".c", ".o")) for name in _SOURCES]
+        objects = [str(Path(scratch) / name.replace(".c", ".o")) for name in build.sources]
         commands = [
-            [compiler, *_FLAGS, "-c", str(folder / name), "-o", object_]
-            for name, object_ in zip(_SOURCES, objects, strict=True)
+            [compiler, *_FLAGS, *build.flags, "-c", str(folder / name), "-o", object_]
+            for name, object_ in zip(build.sources, objects, strict=True)
         ]
         built = str(Path(scratch) / "kernels.so")
         commands.append([compiler, "-shared", *objects, "-o", built, "-lm"])
