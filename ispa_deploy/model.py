@@ -12,14 +12,14 @@ values). Modulation stays per frame, (B, F, 1, C), and is never expanded to toke
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ispa_deploy.linear import Linear, shared_input
-from ispa_deploy.passes import Norm, add, add_norm, feed_forward, norm, rms_norm
+from ispa_deploy.linear import Linear
+from ispa_deploy.passes import Norm, Pending, add, add_norm_into, feed_forward, norm, norm_into, rms_norm, to_be_added
 from ispa_deploy.regions import region
 from ispa_deploy.specs import ModelSpec
 
@@ -84,17 +84,19 @@ class _Projections(nn.Module):
 
 
 class SelfAttention(_Projections):
-    def rows(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, S, C) -> queries, keys and values (B, S, H, D) before rotation."""
-        y = shared_input(y, (self.q, self.k, self.v))
+    def rows(self, x: Tensor, how: Norm) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, F, T, C), to be normed -> queries, keys and values (B, S, H, D) before rotation."""
+        with region("overhead.norm"):
+            y = norm_into((self.q, self.k, self.v), x, how)
         q, k, v = self.q(y), self.k(y), self.v(y)
         with region("overhead.norm"):
             q, k = self.norm_q(q), self.norm_k(k)
         return self.split(q), self.split(k), self.split(v)
 
-    def keys(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, C) -> the keys and values of `rows` alone, bit for bit."""
-        y = shared_input(y, (self.k, self.v))
+    def keys(self, x: Tensor, how: Norm) -> tuple[Tensor, Tensor]:
+        """x (B, F, T, C), to be normed -> the keys and values of `rows` alone, bit for bit."""
+        with region("overhead.norm"):
+            y = norm_into((self.k, self.v), x, how)
         k, v = self.k(y), self.v(y)
         with region("overhead.norm"):
             k = self.norm_k(k)
@@ -106,8 +108,8 @@ class CrossAttention(_Projections):
         """(B, L, C) -> keys and values (B, L, H, D), for the whole stream."""
         return self.split(self.norm_k(self.k(context))), self.split(self.v(context))
 
-    def queries(self, y: Tensor) -> Tensor:
-        """(B, S, C) -> (B, S, H, D)."""
+    def queries(self, y: Any) -> Tensor:
+        """(B, S, C), or what `q` takes in its place -> (B, S, H, D)."""
         q = self.q(y)
         with region("overhead.norm"):
             return self.split(self.norm_q(q))
@@ -151,37 +153,35 @@ class Block(nn.Module):
         """x (B, F, T, C) -> (B, F, T, C)."""
         stages = self.compiled if self.compiled is not None and self.compiled.takes(x) else Block
         q, k, v = stages.before(self, x, modulation)
-        y = self.self_attn.o(attention(q, k, v).flatten(-2))
-        x, q = stages.between(self, x, y, modulation)
+        y, o = attention(q, k, v).flatten(-2), self.self_attn.o
+        added: Any = to_be_added(o, y) if stages is Block else o(y)
+        x, q = stages.between(self, x, added, modulation)
         return stages.after(self, x, cross(q, *text), modulation)
 
     def before(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, F, T, C) -> queries, keys and values of the self-attention, (B, S, H, D) before rotation."""
-        with region("overhead.norm"):
-            y = norm(x, Norm(modulation[1], modulation[0], self.eps)).flatten(1, 2)
-        return self.self_attn.rows(y)
+        return self.self_attn.rows(x, Norm(modulation[1], modulation[0], self.eps))
 
-    def between(self, x: Tensor, y: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
+    def between(self, x: Tensor, y: Tensor | Pending, modulation: Modulation) -> tuple[Tensor, Tensor]:
         """x (B, F, T, C) and what self-attention adds to it, (B, S, C) -> their sum and its queries to the text."""
         with region("overhead.norm"):
             affine = Norm(self.norm3.weight, self.norm3.bias, self.eps, modulates=False)
-            x, y = add_norm(x, y.unflatten(1, x.shape[1:3]), affine, modulation[2])
-        return x, self.cross_attn.queries(y.flatten(1, 2))
+            x, normed = add_norm_into((self.cross_attn.q,), x, y, affine, modulation[2])
+        return x, self.cross_attn.queries(normed)
 
     def after(self, x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:
         """x (B, F, T, C) and attention over the text (B, S, H, D) -> the layer's output (B, F, T, C)."""
-        y = self.cross_attn.o(y.flatten(-2))
+        up, gelu, down = self.ffn
+        attended = to_be_added(self.cross_attn.o, y.flatten(-2))
         with region("overhead.norm"):
-            x, y = add_norm(x, y.unflatten(1, x.shape[1:3]), Norm(modulation[4], modulation[3], self.eps))
-        y = feed_forward(self.ffn[0], self.ffn[1], self.ffn[2], y)
+            x, normed = add_norm_into((up,), x, attended, Norm(modulation[4], modulation[3], self.eps))
+        fed = feed_forward(up, gelu, down, normed)
         with region("overhead.norm"):
-            return add(x, y, modulation[5])
+            return add(x, fed, modulation[5])
 
     def keys(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
         """x (B, F, T, C) -> this layer's keys and values (B, S, H, D), and nothing of what comes after them."""
-        with region("overhead.norm"):
-            y = norm(x, Norm(modulation[1], modulation[0], self.eps)).flatten(1, 2)
-        return self.self_attn.keys(y)
+        return self.self_attn.keys(x, Norm(modulation[1], modulation[0], self.eps))
 
 
 class Head(nn.Module):

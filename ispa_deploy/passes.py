@@ -3,18 +3,23 @@
 Plain PyTorch, or one pass: in C where `ispa_deploy.native` applies (bfloat16 on a CPU with AVX512-BF16), in Triton on
 CUDA for 16 bits. One pass rounds once instead of after every operation; on the CPU it is a quarter of the time, on CUDA
 it awaits measuring. Float32 takes the plain way everywhere.
+
+Where 8-bit linears lie on either side, the same pass may begin with their products, not yet scaled (`to_be_added`), and
+end in codes for the next ones (`norm_into`, `add_norm_into`). Layers say for themselves whether they can: by methods
+`pending`, `norm_codes` and `gelu_into`. Whatever they do together belongs to the row `overhead.norm`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ispa_deploy.linear import shared_input
 from ispa_deploy.native import elementwise
 from ispa_deploy.regions import region
 
@@ -26,6 +31,17 @@ class Norm(NamedTuple):
     shift: Tensor
     eps: float
     modulates: bool = True
+
+
+class Pending(Protocol):
+    """What an 8-bit layer adds to the residual, still without scales and bias: the pass that adds it finishes it.
+
+    To be used once.
+    """
+
+    def added(self, x: Tensor, gate: Tensor | None, how: Norm | None) -> tuple[Tensor, Tensor | None]:
+        """The sum of `add` and, with `how`, its norm."""
+        ...
 
 
 ResidualNorm = Callable[..., tuple[Tensor, Tensor | None]]
@@ -84,23 +100,66 @@ def norm(x: Tensor, how: Norm) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], how.scale, how.shift, how.eps)
 
 
-def add(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
-    """x + gate * y, (B, F, T, C) each; gate (B, F, 1, C)."""
+def add(x: Tensor, y: Tensor | Pending, gate: Tensor | None = None) -> Tensor:
+    """x + gate * y; x (B, F, T, C), y (B, F * T, C), gate (B, F, 1, C)."""
+    if not isinstance(y, Tensor):
+        return y.added(x, gate, None)[0]
+    y = y.reshape(x.shape)
     fused = _fused(x)
     if fused is not None:
         return fused(x, y, gate, None, None, 0.0, False)[0]
     return x + y if gate is None else torch.addcmul(x, gate, y)
 
 
-def add_norm(x: Tensor, y: Tensor, how: Norm, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def add_norm(x: Tensor, y: Tensor | Pending, how: Norm, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The sum of `add` and its norm, in one pass where that exists."""
-    fused = _fused(x)
-    if fused is not None:
-        total, normed = fused(x, y, gate, how.scale, how.shift, how.eps, how.modulates)
-        assert normed is not None
-        return total, normed
+    made = None
+    if not isinstance(y, Tensor):
+        made = y.added(x, gate, how)
+    elif (fused := _fused(x)) is not None:
+        made = fused(x, y.reshape(x.shape), gate, how.scale, how.shift, how.eps, how.modulates)
+    if made is not None:
+        assert made[1] is not None
+        return made[0], made[1]
     total = add(x, y, gate)
     return total, norm(total, how)
+
+
+def norm_into(layers: Sequence[nn.Module], x: Tensor, how: Norm) -> Any:
+    """`norm` of x (B, F, T, C) as all `layers` and nobody else take it: (B, F * T, C), or their 8-bit codes of it."""
+    coded = _norm_codes(layers, x, None, how, None)
+    return shared_input(norm(x, how).flatten(1, 2), layers) if coded is None else coded[1]
+
+
+def add_norm_into(
+    layers: Sequence[nn.Module], x: Tensor, y: Tensor | Pending, how: Norm, gate: Tensor | None = None
+) -> tuple[Tensor, Any]:
+    """The sum of `add`, and its norm as `norm_into` gives it."""
+    coded = _norm_codes(layers, x, y, how, gate)
+    if coded is not None:
+        return coded
+    total, normed = add_norm(x, y, how, gate)
+    return total, shared_input(normed.flatten(1, 2), layers)
+
+
+def _norm_codes(
+    layers: Sequence[nn.Module], x: Tensor, y: Tensor | Pending | None, how: Norm, gate: Tensor | None
+) -> tuple[Tensor, Any] | None:
+    """The sum, and codes of its norm from the same pass; None where `layers` do not all take them."""
+    quantises: Any = None if _watched(layers) else getattr(layers[0], "norm_codes", None)
+    return None if quantises is None else quantises(layers[1:], x, y, how, gate)
+
+
+def _watched(layers: Sequence[nn.Module]) -> bool:
+    """Whether hooks look at what goes in and comes out, which then has to be there."""
+    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+
+
+def to_be_added(layer: nn.Module, x: Any) -> Tensor | Pending:
+    """layer(x), which nobody but `add` and its kin will read: they finish it where they can."""
+    unfinished: Any = None if _watched([layer]) else getattr(layer, "pending", None)
+    made = None if unfinished is None else unfinished(x)
+    return layer(x) if made is None else made
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -111,18 +170,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def feed_forward(up: nn.Module, gelu: nn.Module, down: nn.Module, x: Tensor) -> Tensor:
-    """down(gelu(up(x))); an 8-bit `up` may hand its successor quantised rows, made in one pass with the GELU.
+def feed_forward(up: nn.Module, gelu: nn.Module, down: nn.Module, x: Any) -> Tensor | Pending:
+    """down(gelu(up(x))), to be added; an 8-bit `up` may hand its successor codes, made in one pass with the GELU.
 
     A layer that is being watched by hooks is called as any module.
     """
-    watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in (up, down))
+    watched = _watched([up, down])
     fused = None if watched else getattr(up, "gelu_into", None)
     rows = None if fused is None else fused(x, down)
     if rows is not None:
-        return down(rows)
+        return to_be_added(down, rows)
     y = up(x)
     with region("overhead.norm"):
         overwritten = not watched and elementwise.applies(y, y.shape[-1])
         y = elementwise.gelu_(y) if overwritten else gelu(y)
-    return down(y)
+    return to_be_added(down, y)

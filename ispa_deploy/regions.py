@@ -4,7 +4,9 @@
 With one installed, marks nest and the innermost owns the time. A mark never touches a tensor, so latents are bit-equal
 with and without a recorder.
 
-The names below are the rows of the latency breakdown; the part before the dot is the row's family.
+The names below are the rows of the latency breakdown; the part before the dot is the row's family. A fused pass has one
+row: residual and norm with what they dequantise and quantise are `overhead.norm`, a GELU with its codes is
+`linear.quantise`, a product with its epilogue is `linear.gemm`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Triton kernels for what lies between matrix products on CUDA: residual + norm + modulation, and the merge.
+"""Triton kernels for what lies between matrix products on CUDA: residual + norm + modulation (+ codes), the merge.
 
 One pass over memory each, float32 arithmetic, results rounded once. Importing this file needs triton;
 `ispa_deploy.passes` tries the kernels once per device against plain PyTorch. With TRITON_INTERPRET=1 set before the
@@ -18,12 +18,26 @@ import triton.language as tl
 from torch import Tensor
 
 _MERGE_ROWS = 16
+# Adding and taking away 1.5 * 2^23 rounds a float32 to an integer, half to even, on every back-end alike.
+_ROUNDER = tl.constexpr(12582912.0)
+_FLOOR = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def coded(values):
+    """A row of float32, zero beyond its end -> int8 codes and their scale: NaN where a value is NaN or Inf."""
+    # max drops NaN; this sum is 0 for finite rows and NaN for a row with NaN or Inf.
+    poison = tl.sum(values * 0.0, axis=0)
+    step = tl.maximum(tl.max(tl.abs(values), axis=0) / 127.0, _FLOOR)
+    rounded = (values * (1.0 / step) + _ROUNDER) - _ROUNDER
+    return tl.minimum(tl.maximum(rounded, -127.0), 127.0).to(tl.int8), step + poison
 
 
 @triton.jit
 def _residual_norm_kernel(
-    x, y, gate, scale, shift, total, normed, columns, gate_group, norm_group, eps,
-    ADDS: tl.constexpr, GATED: tl.constexpr, NORMS: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
+    x, y, gate, scale, shift, factor, total, normed, code_scale, columns, gate_group, norm_group, eps,
+    ADDS: tl.constexpr, GATED: tl.constexpr, NORMS: tl.constexpr, ONE: tl.constexpr, CODES: tl.constexpr,
+    HAS_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -40,13 +54,21 @@ def _residual_norm_kernel(
     if NORMS:
         mean = tl.sum(values, axis=0) / columns
         off = tl.where(inside, values - mean, 0.0)
-        factor = 1.0 / tl.sqrt(tl.sum(off * off, axis=0) / columns + eps)
+        deviation = tl.sqrt(tl.sum(off * off, axis=0) / columns + eps)
         table = (row // norm_group) * columns + column
         by = tl.load(scale + table, mask=inside, other=0.0).to(tl.float32)
         if ONE:
             by += 1.0
         plus = tl.load(shift + table, mask=inside, other=0.0).to(tl.float32)
-        tl.store(normed + at, (off * factor * by + plus).to(normed.dtype.element_ty), mask=inside)
+        result = off * (1.0 / deviation) * by + plus
+        if CODES:
+            if HAS_FACTOR:
+                result *= tl.load(factor + column, mask=inside, other=0.0)
+            codes, step = coded(result)
+            tl.store(normed + at, codes, mask=inside)
+            tl.store(code_scale + row, step)
+        else:
+            tl.store(normed + at, result.to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -77,12 +99,12 @@ def _merge_kernel(
     tl.store(out + row[:, None] * width + column[None, :], mixed.to(out.dtype.element_ty), mask=inside)
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on(device: torch.device) -> AbstractContextManager[object]:
     """Launch on the tensors' own card, which need not be the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _grouped(table: Tensor | None, rows: int, x: Tensor) -> tuple[Tensor, int]:
+def grouped(table: Tensor | None, rows: int, x: Tensor) -> tuple[Tensor, int]:
     """(B, F, 1, C) or (C,) -> rows of C, and how many rows of the activations share one."""
     if table is None:
         return x, 1  # not read
@@ -94,20 +116,40 @@ def residual_norm(
     x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float, one: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See `ispa_deploy.native.elementwise.residual_norm`: any dtype up to float32; scale and shift in equal rows."""
+    normed = None if scale is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _pass(x, y, gate, scale, shift, eps, one, normed), normed
+
+
+def residual_norm_quantise(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, one: bool,
+    by: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum of `residual_norm`; int8 codes (M, C) and float32 scales (M, 1) of its norm times `by` (C,) float32."""
+    columns = x.shape[-1]
+    codes = torch.empty(x.numel() // columns, columns, dtype=torch.int8, device=x.device)
+    code_scale = torch.empty(len(codes), 1, dtype=torch.float32, device=x.device)
+    return _pass(x, y, gate, scale, shift, eps, one, codes, code_scale, by), codes, code_scale
+
+
+def _pass(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float, one: bool,
+    normed: Tensor | None, code_scale: Tensor | None = None, by: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Fill `normed`, with codes where there is a `code_scale` to fill, and return the sum."""
     x = x.contiguous()
     columns = x.shape[-1]
     rows = x.numel() // columns
     total = x if y is None else torch.empty_like(x)
-    normed = None if scale is None else torch.empty_like(x)
-    (gates, gate_group), (scales, norm_group), (shifts, _) = (_grouped(t, rows, x) for t in (gate, scale, shift))
+    (gates, gate_group), (scales, norm_group), (shifts, _) = (grouped(t, rows, x) for t in (gate, scale, shift))
     block = triton.next_power_of_2(columns)
-    with _on(x.device):
+    with on(x.device):
         _residual_norm_kernel[(rows,)](
-            x, x if y is None else y.contiguous(), gates, scales, shifts, total, x if normed is None else normed,
-            columns, gate_group, norm_group, eps, ADDS=y is not None, GATED=gate is not None, NORMS=scale is not None,
-            ONE=one, BLOCK=block, num_warps=4 if block <= 2048 else 8,
+            x, x if y is None else y.contiguous(), gates, scales, shifts, x if by is None else by.contiguous(), total,
+            x if normed is None else normed, x if code_scale is None else code_scale, columns, gate_group, norm_group,
+            eps, ADDS=y is not None, GATED=gate is not None, NORMS=scale is not None, ONE=one,
+            CODES=code_scale is not None, HAS_FACTOR=by is not None, BLOCK=block, num_warps=4 if block <= 2048 else 8,
         )  # fmt: skip
-    return total, normed
+    return total
 
 
 def merge(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +160,7 @@ def merge(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, T
     lse = torch.empty(lse_a.shape, dtype=lse_a.dtype, device=a.device)
     rows = batch * queries * heads
     strides = [t.stride(axis) for t in (a, b, lse_a, lse_b) for axis in range(3)]
-    with _on(a.device):
+    with on(a.device):
         _merge_kernel[(triton.cdiv(rows, _MERGE_ROWS),)](
             a, b, lse_a, lse_b, out, lse, rows, queries, heads, width, *strides,
             ROWS=_MERGE_ROWS, BLOCK=triton.next_power_of_2(width),

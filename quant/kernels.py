@@ -11,13 +11,13 @@ import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ispa_deploy.errors import InputError
-from ispa_deploy.native import elementwise
+from ispa_deploy.passes import Norm
 from quant import kernels_cpu, kernels_cuda, kernels_float8, kernels_packages
 from quant.primitives import FLOAT8, ZERO_POINT, Activations, int_matmul, quantise_as, quantise_fixed
 
@@ -60,9 +60,7 @@ class Kernel(Protocol):
         """The inverse of `pack`, exact."""
         ...
 
-    def quantise(
-        self, x: Tensor, step: Tensor | None = None, factor: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def quantise(self, x: Tensor, step: Tensor | None = None, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(M, K) float -> codes (M, K) and float32 scales (M, 1), all of them `step` (1,) where that is given.
 
         `factor` (K,) float32, powers of two: what x is multiplied by on the way.
@@ -163,29 +161,102 @@ def multiply(rows: QuantisedRows, weight: Resident, bias: Tensor | None) -> Tens
     return run(rows.codes, rows.scale, weight.number, bias, weight.outputs, rows.source.dtype)
 
 
+class FusingKernel(Kernel, Protocol):
+    """A kernel with passes that start from its products and end in codes of the next one."""
+
+    def fuses_gelu(self, x: Tensor, columns: int) -> bool: ...
+    def multiply_gelu_quantise(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype,
+        after: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    def fuses_norm(self, x: Tensor, columns: int) -> bool: ...
+    def begin(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Any: ...
+    def normalise(self, x: Tensor, y: Any, gate: Tensor | None, how: Norm | None) -> tuple[Tensor, Tensor | None]: ...
+    def normalise_quantise(
+        self, x: Tensor, y: Any, gate: Tensor | None, how: Norm, factor: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+FUSING: tuple[FusingKernel, ...] = (kernels_cuda.TRITON, kernels_cpu.ONEDNN)
+
+
+def _fusing(kernel: Kernel) -> FusingKernel | None:
+    return next((one for one in FUSING if one is kernel), None)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingProduct:
+    """See `ispa_deploy.passes.Pending`; `begun` is the kernel's own."""
+
+    kernel: FusingKernel
+    begun: Any
+
+    def added(self, x: Tensor, gate: Tensor | None, how: Norm | None) -> tuple[Tensor, Tensor | None]:
+        """x + gate * y and, with `how`, its norm."""
+        return self.kernel.normalise(x, self.begun, gate, how)
+
+
+def begins(x: Tensor, weight: Resident) -> bool:
+    """Whether `begin` takes x (..., K) times `weight`."""
+    kernel = _fusing(weight.entry.kernel)
+    return kernel is not None and kernel.fuses_norm(x, weight.outputs)
+
+
+def begin(rows: QuantisedRows, weight: Resident, bias: Tensor | None) -> PendingProduct:
+    """`multiply`, to be finished by the pass that adds it to the residual; ask `begins`."""
+    entry = weight.entry
+    kernel = _fusing(entry.kernel)
+    assert kernel is not None, "ask `begins` first"
+    entry.calls += 1
+    return PendingProduct(
+        kernel, kernel.begin(rows.codes, rows.scale, entry.packed, entry.column, bias, rows.source.dtype)
+    )
+
+
+def norm_codes(
+    x: Tensor, y: Any, how: Norm, gate: Tensor | None, after: Resident, factor: Tensor | None
+) -> tuple[Tensor, QuantisedRows] | None:
+    """x + gate * y and its norm, times `factor` (K,), quantised for `after` in the same pass; None where none does it.
+
+    x (B, F, T, K); y one of (B, F * T, K), pending, or None.
+    """
+    kernel = _fusing(after.entry.kernel)
+    if kernel is None or not kernel.fuses_norm(x, x.shape[-1]):
+        return None
+    if isinstance(y, PendingProduct):
+        if y.kernel is kernel:
+            y = y.begun
+        else:
+            x, y, gate = y.added(x, gate, None)[0], None, None
+    total, codes, scale = kernel.normalise_quantise(x, y, gate, how, factor)
+    return total, QuantisedRows(codes, scale, _nowhere(x, x.flatten(1, -2).shape))
+
+
+def _nowhere(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The source of rows whose values are in no memory: the right shape and dtype alone."""
+    return x.new_empty(()).expand(shape)
+
+
 def fuses_gelu(x: Tensor, weight: Resident, after: Resident) -> bool:
     """Whether `multiply_gelu` takes x (..., K) on its way through `weight` into `after`."""
-    kernel = weight.entry.kernel
-    if kernel is not after.entry.kernel:
-        return False
-    if kernel is kernels_cuda.TRITON:
-        return x.numel() > 0
-    return kernel is kernels_cpu.ONEDNN and elementwise.applies(x, weight.outputs, wide=True)
+    kernel = _fusing(weight.entry.kernel)
+    return kernel is not None and kernel is after.entry.kernel and kernel.fuses_gelu(x, weight.outputs)
 
 
 def multiply_gelu(
     rows: QuantisedRows, weight: Resident, bias: Tensor | None, after: Tensor | None = None
 ) -> QuantisedRows:
     """GELU (tanh) of the product, times `after` (N,), quantised for the next layer, in one pass; ask `fuses_gelu`."""
-    entry, dtype = weight.entry, rows.source.dtype
+    entry = weight.entry
+    kernel = _fusing(entry.kernel)
+    assert kernel is not None, "ask `fuses_gelu` first"
     entry.calls += 1
-    kernel = kernels_cuda.TRITON if entry.kernel is kernels_cuda.TRITON else kernels_cpu.ONEDNN
     codes, scale = kernel.multiply_gelu_quantise(
-        rows.codes, rows.scale, entry.packed, entry.column, bias, dtype, after
+        rows.codes, rows.scale, entry.packed, entry.column, bias, rows.source.dtype, after
     )
-    # The values themselves are nowhere: a source of the right shape and dtype, without memory.
-    source = rows.source.new_empty(()).expand(*rows.source.shape[:-1], weight.outputs)
-    return QuantisedRows(codes, scale, source)
+    return QuantisedRows(codes, scale, _nowhere(rows.source, (*rows.source.shape[:-1], weight.outputs)))
 
 
 def candidates(family: Family, device_type: str) -> Sequence[Kernel]:

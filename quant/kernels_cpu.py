@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ispa_deploy.native import elementwise
+from ispa_deploy.passes import Norm
 from ispa_deploy.regions import region
 from quant.kernels_stored import BaseKernel
 from quant.primitives import (
@@ -149,9 +150,7 @@ def _finish(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dt
 class _CpuKernel(BaseKernel):
     """What the kernels of this file share."""
 
-    def quantise(
-        self, x: Tensor, step: Tensor | None = None, factor: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def quantise(self, x: Tensor, step: Tensor | None = None, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `quant.kernels.Kernel`."""
         if step is None and self.unsigned and elementwise.applies(x, x.shape[-1], wide=True):
             return elementwise.quantise(x, factor)
@@ -204,6 +203,31 @@ class _OneDnn(_CpuKernel):
         product = self._product(codes, packed, column, dtype)
         with region("linear.quantise"):
             return elementwise.gelu_quantise(product, scale, bias, after)
+
+    def fuses_gelu(self, x: Tensor, columns: int) -> bool:
+        """Whether the pass behind the product takes rows of so many columns in the dtype of x."""
+        return elementwise.applies(x, columns, wide=True)
+
+    def fuses_norm(self, x: Tensor, columns: int) -> bool:
+        """Whether `begin` and `normalise` take them."""
+        return elementwise.applies(x, columns)
+
+    def begin(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> elementwise.Unscaled:
+        """The product, which `normalise` scales and adds."""
+        return elementwise.Unscaled(self._product(codes, packed, column, dtype), scale, bias)
+
+    def normalise(self, x: Tensor, y: Any, gate: Tensor | None, how: Norm | None) -> tuple[Tensor, Tensor | None]:
+        """x + gate * y and its norm, y from `begin`."""
+        scale, shift, eps, modulates = (None, None, 0.0, False) if how is None else how
+        return elementwise.residual_norm(x, y, gate, scale, shift, eps, modulates)
+
+    def normalise_quantise(
+        self, x: Tensor, y: Any, gate: Tensor | None, how: Norm, factor: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x + gate * y; codes and scales of its norm times `factor`; y a tensor, or from `begin`."""
+        return elementwise.residual_norm_quantise(x, y, gate, *how, factor)
 
 
 class _OneDnnStatic(_OneDnn):

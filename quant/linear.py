@@ -16,16 +16,21 @@ from torch import Tensor, nn
 
 from ispa_deploy.delta import DELTA_MODES, Delta
 from ispa_deploy.errors import InputError
+from ispa_deploy.passes import Norm
 from ispa_deploy.regions import region
 from quant.kernels import (
     Family,
     Kernel,
+    PendingProduct,
     QuantisedRows,
     Resident,
+    begin,
+    begins,
     fuses_gelu,
     kernel_for,
     multiply,
     multiply_gelu,
+    norm_codes,
     quantise,
 )
 from quant.primitives import MAX_FEATURES, check_finite, dequantise, quantise_weight
@@ -115,15 +120,44 @@ class QuantisedLinear(nn.Module):
                 y = y + self.delta.beside(beside.reshape(-1, self.in_features)).to(y.dtype)
         return y.reshape(*source.shape[:-1], self.out_features)
 
-    def gelu_into(self, x: Tensor, after: nn.Module) -> QuantisedRows | None:
-        """GELU (tanh) of `forward(x)` as the rows that `after` takes; None where no one pass makes them."""
+    # Passes that start from this layer's product or end in its codes; each is None where there is none.
+
+    def pending(self, x: Tensor | QuantisedRows) -> PendingProduct | None:
+        """`forward(x)`, finished by the pass that adds it to the residual."""
+        if torch.compiler.is_compiling() or self._needs_source():
+            return None
+        resident = self._requantised if self._requantised is not None else self._prepared()
+        if not begins(x.source if isinstance(x, QuantisedRows) else x, resident):
+            return None
+        rows = x if isinstance(x, QuantisedRows) else self.quantise(x)
+        return begin(rows, resident, self.bias if self._moved_bias is None else self._moved_bias)
+
+    def norm_codes(
+        self, others: Sequence[nn.Module], x: Tensor, y: Any, how: Norm, gate: Tensor | None
+    ) -> tuple[Tensor, QuantisedRows] | None:
+        """x + gate * y (see `ispa_deploy.passes.add`) and its norm, as rows for this layer and `others`."""
+        if torch.compiler.is_compiling() or self._step() is not None or self._needs_source():
+            return None
+        alike = [other for other in others if isinstance(other, QuantisedLinear) and self._quantises_like(other)]
+        if len(alike) < len(others) or any(other._needs_source() for other in alike):
+            return None
+        return norm_codes(x, y, how, gate, self._prepared(), self.pre_quant_scale)
+
+    def _needs_source(self) -> bool:
+        """Whether a delta reads the input itself beside its codes."""
+        return self.delta_mode in ("side", "fold")
+
+    def gelu_into(self, x: Tensor | QuantisedRows, after: nn.Module) -> QuantisedRows | None:
+        """GELU (tanh) of `forward(x)` as the rows that `after` takes."""
         if not isinstance(after, QuantisedLinear) or type(after) is not type(self) or torch.compiler.is_compiling():
             return None
         if self.delta is not None or after.delta is not None:
             return None
-        if not fuses_gelu(x, self._prepared(), after._prepared()):
+        source = x.source if isinstance(x, QuantisedRows) else x
+        if not fuses_gelu(source, self._prepared(), after._prepared()):
             return None
-        return multiply_gelu(self.quantise(x), self._prepared(), self.bias, after.pre_quant_scale)
+        rows = x if isinstance(x, QuantisedRows) else self.quantise(x)
+        return multiply_gelu(rows, self._prepared(), self.bias, after.pre_quant_scale)
 
     def quantise(self, x: Tensor) -> QuantisedRows:
         """(..., K) -> rows that every layer of this kind, input and device accepts: quantise once for q, k and v."""

@@ -10,16 +10,13 @@ use. With TRITON_INTERPRET=1 set before the import the kernels run on CPU tensor
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Adding and taking away 1.5 * 2^23 rounds a float32 to an integer, half to even, on every back-end alike.
-_ROUNDER = tl.constexpr(12582912.0)
-_FLOOR = tl.constexpr(1.1754943508222875e-38)
+from ispa_deploy.triton_passes import coded, grouped, on
 
 
 def _config(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:
@@ -54,20 +51,17 @@ def _quantise_kernel(
         values = values / (1.0 + tl.exp(tl.minimum(-1.5957691216057308 * cubic, 80.0)))
     if HAS_FACTOR:
         values *= tl.load(factor + column, mask=inside, other=0.0)
-    # max drops NaN; this sum is 0 for finite rows and NaN for a row with NaN or Inf.
-    poison = tl.sum(values * 0.0, axis=0)
-    step = tl.maximum(tl.max(tl.abs(values), axis=0) / 127.0, _FLOOR)
-    rounded = (values * (1.0 / step) + _ROUNDER) - _ROUNDER
-    rounded = tl.minimum(tl.maximum(rounded, -127.0), 127.0)
-    tl.store(codes + row * K + column, rounded.to(tl.int8), mask=inside)
-    tl.store(scale + row, step + poison)
+    rounded, step = coded(values)
+    tl.store(codes + row * K + column, rounded, mask=inside)
+    tl.store(scale + row, step)
 
 
 @triton.autotune(configs=_CONFIGS[:1] if _INTERPRETED else _CONFIGS, key=["ROWS", "N", "K"])
 @triton.jit
 def _linear_kernel(
-    codes, weight, y, row_scale, column_scale, bias, M, N, K, ROWS,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    codes, weight, y, row_scale, column_scale, bias, residual, gate, M, N, K, ROWS, gate_group,
+    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Programs walk down GROUP_M row tiles before the next column tile, so that weight tiles are found in L2.
     tile = tl.program_id(0)
@@ -94,13 +88,14 @@ def _linear_kernel(
     out = total.to(tl.float32) * columns[None, :] * rows[:, None]
     if HAS_BIAS:
         out += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    at = y + m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(at, out.to(y.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Launch on the tensors' own card, which need not be the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    inside = in_m[:, None] & in_n[None, :]
+    if ADDS:
+        if GATED:
+            own = (m // gate_group).to(tl.int64)[:, None] * N + n[None, :]
+            out *= tl.load(gate + own, mask=inside, other=0.0).to(tl.float32)
+        out += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
 
 
 def quantise_rows(x: Tensor, factor: Tensor | None = None, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
@@ -113,7 +108,7 @@ def quantise_rows(x: Tensor, factor: Tensor | None = None, *, gelu: bool = False
     codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
     scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(k)
-    with _on(x.device):
+    with on(x.device):
         _quantise_kernel[(m,)](
             x, codes, scale, scale if factor is None else factor.contiguous(), k, x.stride(0), GELU=gelu,
             HAS_FACTOR=factor is not None, BLOCK=block, num_warps=4 if block <= 4096 else 8,
@@ -122,24 +117,28 @@ def quantise_rows(x: Tensor, factor: Tensor | None = None, *, gelu: bool = False
 
 
 def int8_linear(
-    codes: Tensor, row_scale: Tensor, weight: Tensor, column_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """int8 (M, K) by int8 (N, K), scales (M, 1) and (N,) float32, bias (N,) -> (M, N) in `dtype`.
+    codes: Tensor, row_scale: Tensor, weight: Tensor, column_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    residual: Tensor | None = None, gate: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """int8 (M, K) by int8 (N, K), scales (M, 1) and (N,) float32, bias (N,) -> y (M, N) in `dtype`.
 
-    Tuned once per N, K and power of two of M; the first such call takes seconds.
+    With `residual` (..., N), of M rows, it is residual + gate * y instead, rounded once; gate (N,) or (B, F, 1, N), for
+    equal numbers of rows. Tuned once per N, K and power of two of M; the first such call takes seconds.
     """
     m, k = codes.shape
     n = weight.shape[0]
     for operand in (codes, weight):
         assert operand.is_contiguous(), "the kernel walks rows of K"
     y = torch.empty(m, n, dtype=dtype, device=codes.device)
+    gates, group = grouped(gate, m, y)
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
 
-    with _on(codes.device):
+    with on(codes.device):
         _linear_kernel[grid](
             codes, weight, y, row_scale, column_scale, column_scale if bias is None else bias.contiguous(),
-            m, n, k, triton.next_power_of_2(m), HAS_BIAS=bias is not None,
+            y if residual is None else residual.contiguous(), gates, m, n, k, triton.next_power_of_2(m), group,
+            HAS_BIAS=bias is not None, ADDS=residual is not None, GATED=gate is not None,
         )  # fmt: skip
     return y

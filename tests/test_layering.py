@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "quant": (
         "quant",
         *(f"ispa_deploy.{name}" for name in ("errors", "regions", "delta", "linear", "specs", "native")),
+        *("ispa_deploy.passes", "ispa_deploy.triton_passes"),  # which products begin in and end in codes of
     ),
     "ispa_deploy": ("ispa_deploy",),
 }

@@ -13,8 +13,10 @@ from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.native import elementwise, library
 from ispa_deploy.passes import Norm
 from ispa_deploy.rope import Rope, rotate
+from quant.kernels_cpu import ONEDNN
 from quant.linear import Int8Linear
 from quant.primitives import quantise_rows, rescale
+from tests.fused import FusedLayer, check_bad_rows, check_layer, check_marks, check_watched
 from tests.tiny import SPEC, latents_of, tiny_model, tiny_stream
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no AVX512-BF16 or no C compiler here")
@@ -112,6 +114,51 @@ def test_gelu_and_its_quantisation() -> None:
     assert float((((codes.double() - 128) * scale.double() - exact * by).abs() / scale.double()).max()) <= 0.501
     product[2, 3] = float("nan")
     assert elementwise.gelu_quantise(product, factor, bias)[1].isnan().flatten().nonzero().flatten().tolist() == [2]
+
+
+@pytest.mark.parametrize("table", [(1, 1, 1, 64), (2, 3, 1, 64), (64,)])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_residual_norm_straight_to_codes(table: tuple[int, ...], smooth: bool) -> None:
+    """Of a tensor, of nothing, and of a product that lacks scales and bias: codes of the norm of what was stored."""
+    x, product = (torch.randn(2, 3, 5, 64).to(BF16) * 3 for _ in range(2))
+    gate, scale, shift = (torch.randn(table).to(BF16) for _ in range(3))
+    rows, bias, by = torch.rand(30, 1), torch.randn(64), torch.exp2(torch.randint(-6, 7, (64,)).float())
+    exact = product.double() * rows.double().view(2, 3, 5, 1) + bias.double()
+    added = {
+        None: 0 * exact, product: product.double(), elementwise.Unscaled(product.view(30, 64), rows, bias): exact,
+        elementwise.Unscaled(product.view(30, 64), rows, None): exact - bias.double(),
+    }  # fmt: skip
+    for y, value in added.items():
+        given = None if y is None else gate
+        how = (given, scale, shift, 1e-6, True)
+        total, codes, step = elementwise.residual_norm_quantise(x, y, *how, by if smooth else None)
+        _close(total, x.double() + (0 if y is None else gate.double() * value))
+        assert torch.equal(total, elementwise.residual_norm(x, y, *how)[0])
+        want = _norm(total, Norm(scale, shift, 1e-6)).view(30, 64) * (by.double() if smooth else 1)
+        torch.testing.assert_close(step.double(), want.abs().amax(-1, keepdim=True) / 127, rtol=1e-5, atol=0)
+        assert float((((codes.double() - 128) * step - want).abs() / step).max()) <= 0.501
+
+
+def test_rows_of_nothing_and_rows_that_are_not_finite_as_codes() -> None:
+    x, shift = torch.randn(1, 1, 6, 64).to(BF16), torch.zeros(64).to(BF16)
+    x[0, 0, 0], x[0, 0, 1, 3], x[0, 0, 2, 4] = 2.0, float("nan"), float("inf")
+    rows = torch.ones(6, 1)
+    rows[3] = float("nan")  # a row whose input was not finite
+    y = elementwise.Unscaled(torch.zeros(6, 64).to(BF16), rows, None)
+    total, codes, scale = elementwise.residual_norm_quantise(x, y, None, shift, shift, 1e-6, True)
+    assert (codes[0] == 128).all()
+    assert scale[0] == torch.finfo(torch.float32).tiny
+    assert scale.flatten().isnan().tolist() == [False, True, True, True, False, False]
+    assert total[0, 0, 3].isnan().all()
+
+
+def test_a_layer_with_everything_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forced on the kernel, whose sums may saturate on an old CPU: fused and apart multiply alike."""
+    layer = FusedLayer(ONEDNN, BF16)
+    check_layer(layer, monkeypatch)
+    check_bad_rows(layer, monkeypatch)
+    check_watched(layer, monkeypatch)
+    check_marks(layer, monkeypatch)
 
 
 def _with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:

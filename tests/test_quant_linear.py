@@ -277,7 +277,8 @@ def test_regions_are_marked(layer: Int8Linear) -> None:
     silent = layer(x)
     with recording(Names()):  # type: ignore[arg-type]
         assert torch.equal(layer(x), silent)
-    assert seen == ["linear.quantise", "linear.gemm", "linear.dequantise", "linear.delta"]
+    # A kernel that scales columns apart from rows marks both.
+    assert list(dict.fromkeys(seen)) == ["linear.quantise", "linear.gemm", "linear.dequantise", "linear.delta"]
 
 
 def test_too_many_features_are_refused() -> None:

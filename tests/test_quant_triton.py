@@ -7,21 +7,32 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
+import ispa_deploy.passes
+import quant.kernels_cuda
 from ispa_deploy.attention import Attended
 from ispa_deploy.attention_int8 import Coded, plain
 from ispa_deploy.kvstore import PEAKS, Coder
 from quant.primitives import int_matmul, quantise_rows
+from tests.fused import FusedLayer, check_bad_rows, check_layer, check_marks, check_watched
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # A bfloat16 result: the interpreter cuts off where a GPU rounds.
 CAST = 2.0 ** (-7 if INTERPRETED else -8)
+
+
+def _with_bad_rows(test: Callable[..., None]) -> Callable[..., None]:
+    """The interpreter's NumPy warns of them."""
+    for warning in ("invalid value encountered", "All-NaN slice encountered"):
+        test = pytest.mark.filterwarnings(f"ignore:{warning}:RuntimeWarning")(test)
+    return test
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -33,7 +44,7 @@ def test_this_file_interpreted() -> None:
         env={**os.environ, "TRITON_INTERPRET": "1"}, check=False, capture_output=True, text=True,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-3000:]
-    assert "19 passed" in child.stdout
+    assert "39 passed" in child.stdout
 
 
 def _interpreted(name: str) -> ModuleType:
@@ -58,7 +69,7 @@ def attending() -> ModuleType:
     return _interpreted("ispa_deploy.triton_attention")
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy, on NaN rows
+@_with_bad_rows
 def test_quantiser_equals_the_plain_one(kernels: ModuleType) -> None:
     x = torch.randn(9, 300, device=DEVICE) * torch.logspace(-6, 6, 9, device=DEVICE)[:, None]
     x[0] = 0
@@ -133,6 +144,66 @@ def test_product_is_exact_and_scaled(kernels: ModuleType, m: int, n: int, k: int
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
         y = kernels.int8_linear(*operands, dtype).cpu().double()
         assert float((y - want).norm() / want.norm()) <= bound
+
+
+@pytest.mark.parametrize("table", [(1, 1, 1, 72), (2, 3, 1, 72), (72,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@_with_bad_rows
+def test_residual_norm_straight_to_codes(passes: ModuleType, table: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Codes of the norm of the sum as stored, with and without smoothing; a row of nothing, NaN and Inf."""
+    x, y = (torch.randn(2, 3, 5, 72, device=DEVICE).to(dtype) * 3 for _ in range(2))
+    gate, scale, shift = (torch.randn(table, device=DEVICE).to(dtype) for _ in range(3))
+    by = torch.exp2(torch.randint(-6, 7, (72,), device=DEVICE).float())
+    for given, factor in ((None, None), (y, None), (y, by)):
+        total, codes, step = passes.residual_norm_quantise(x, given, gate, scale, shift, 1e-6, True, factor)
+        assert torch.equal(total, passes.residual_norm(x, given, gate, None, None, 0.0, False)[0])
+        wide = torch.nn.functional.layer_norm(total.double(), (72,), eps=1e-6) * (scale.double() + 1) + shift.double()
+        want = wide.view(30, 72) * (1 if factor is None else factor.double())
+        torch.testing.assert_close(step.double(), want.abs().amax(-1, keepdim=True) / 127, rtol=1e-5, atol=0)
+        assert float(((codes.double() * step - want).abs() / step).max()) <= 0.501
+    x.view(30, 72)[0], x.view(30, 72)[1, 3], x.view(30, 72)[2, 4] = 2.0, float("nan"), float("inf")
+    _, codes, step = passes.residual_norm_quantise(x, None, None, scale, torch.zeros_like(shift), 1e-6, True)
+    assert not codes[0].any()
+    assert step.flatten().isnan().nonzero().flatten().tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("frames", "tokens", "n", "k"), [(1, 1, 1, 1), (3, 5, 70, 33), (2, 65, 130, 300)])
+def test_product_with_the_residual_in_its_epilogue(
+    kernels: ModuleType, dtype: torch.dtype, frames: int, tokens: int, n: int, k: int
+) -> None:
+    m = frames * tokens
+    codes, weight = (torch.randint(-127, 128, (rows, k), dtype=torch.int8, device=DEVICE) for rows in (m, n))
+    rows, columns, bias = (torch.rand(m, 1) / 127, torch.rand(n) / 127, torch.randn(n))
+    rows[-1] = float("nan")  # a row whose input was not finite
+    rows, columns, bias = (t.to(DEVICE) for t in (rows, columns, bias))
+    x, gate = (torch.randn(1, frames, t, n, device=DEVICE).to(dtype) for t in (tokens, 1))
+    y = int_matmul(codes.cpu(), weight.cpu()).double().to(DEVICE) * rows.double() * columns.double() + bias.double()
+    bound = {torch.float32: 1e-6, torch.bfloat16: CAST, torch.float16: 2.0**-10}[dtype]
+    for by in (None, gate, gate[0, 0, 0]):
+        want = x.double() + (1 if by is None else by.double()) * y.view(x.shape)
+        got = kernels.int8_linear(codes, rows, weight, columns, bias, dtype, x, by).view(x.shape)
+        assert got.dtype == dtype
+        assert got.view(m, n)[-1].isnan().all()
+        got, want = got.view(m, n)[:-1], want.view(m, n)[:-1]
+        torch.testing.assert_close(got.double(), want, rtol=bound, atol=bound * float(want.abs().max() if m > 1 else 1))
+
+
+@_with_bad_rows
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_with_everything_fused(
+    kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of a CUDA device, also where the interpreter has to stand in for one."""
+    for module in (ispa_deploy.passes, quant.kernels_cuda):
+        monkeypatch.setattr(module, "on_triton", lambda _: True)
+    quant.kernels_cuda._adds_right.cache_clear()
+    assert quant.kernels_cuda._adds_right(torch.device(DEVICE)), "what a device is asked before it gets these passes"
+    layer = FusedLayer(quant.kernels_cuda.TRITON, dtype, DEVICE)
+    check_layer(layer, monkeypatch, 1.1 if INTERPRETED else 1.05)
+    check_bad_rows(layer, monkeypatch)
+    check_watched(layer, monkeypatch)
+    check_marks(layer, monkeypatch)
 
 
 @pytest.mark.gpu

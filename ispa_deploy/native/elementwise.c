@@ -108,9 +108,11 @@ void ispa_gelu_quantise(const void *x, int wide, const float *scale, const float
 }
 
 /* One row of bfloat16: sum = x + gate * y, kept in `sum` and in `values`; then LayerNorm of it, times `scale` (plus 1 if
- * `one`), plus shift, into `normed`. y, gate, normed may be NULL. */
+ * `one`), plus shift, into `normed`, or times `by` into codes and their scale. y is a row of values, or with `row_scale`
+ * of products that still lack it and their bias. y, gate, row_scale, bias, by, normed and codes may be NULL. */
 typedef struct {
   const uint16_t *x, *y, *gate, *scale, *shift;
+  const float *row_scale, *bias, *by;
   uint16_t *sum, *normed;
   uint8_t *codes;
   float *code_scale;
@@ -122,11 +124,12 @@ typedef struct {
 static void passage(const Passage *p, int64_t row) {
   const int64_t n = p->columns, at = row * n, own = p->group ? row / p->group * n : 0;
   float values[ROW_LIMIT];
+  const __m512 dequantise = _mm512_set1_ps(p->row_scale ? p->row_scale[row] : 1.0f);
   __m512 total = _mm512_setzero_ps();
   for (int64_t c = 0; c < n; c += 16) {
     __m512 x = load_bf16(p->x + at + c);
     if (p->y) {
-      const __m512 y = load_bf16(p->y + at + c);
+      const __m512 y = p->row_scale ? rescaled(p->y, at + c, 0, dequantise, p->bias, c) : load_bf16(p->y + at + c);
       x = p->gate ? _mm512_fmadd_ps(load_bf16(p->gate + own + c), y, x) : _mm512_add_ps(x, y);
       store_bf16(p->sum + at + c, x);
       x = load_bf16(p->sum + at + c); /* what later layers will read is what is normed */
@@ -146,9 +149,14 @@ static void passage(const Passage *p, int64_t row) {
   __m512i most = _mm512_setzero_si512();
   for (int64_t c = 0; c < n; c += 16) {
     const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(values + c), mean), factor);
-    const __m512 y = _mm512_fmadd_ps(normed, _mm512_add_ps(one, load_bf16(p->scale + own + c)), load_bf16(p->shift + own + c));
-    if (p->normed) store_bf16(p->normed + at + c, y);
-    else _mm512_storeu_ps(values + c, y), most = larger(most, y);
+    __m512 y = _mm512_fmadd_ps(normed, _mm512_add_ps(one, load_bf16(p->scale + own + c)), load_bf16(p->shift + own + c));
+    if (p->normed) {
+      store_bf16(p->normed + at + c, y);
+      continue;
+    }
+    if (p->by) y = _mm512_mul_ps(y, _mm512_loadu_ps(p->by + c));
+    _mm512_storeu_ps(values + c, y);
+    most = larger(most, y);
   }
   if (p->normed) return;
   p->code_scale[row] = step_of(most);

@@ -6,6 +6,7 @@ Each is one pass over memory where PyTorch takes two to six. All of them expect 
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +17,26 @@ ROW_LIMIT = 16384
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
+_INPUTS = ("x", "y", "gate", "scale", "shift", "row_scale", "bias", "by")
+_OUTPUTS = ("sum", "normed", "codes", "code_scale")
+
+
 class _Passage(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("x", "y", "gate", "scale", "shift", "sum", "normed", "codes", "code_scale")),
+        *((name, _POINTER) for name in (*_INPUTS, *_OUTPUTS)),
         ("columns", _LONG), ("group", _LONG), ("eps", _FLOAT), ("one", _INT),
     )  # fmt: skip
+
+
+class Unscaled(NamedTuple):
+    """A product that still lacks its row scales and its bias, which the pass that reads it gives it.
+
+    `product` (M, N) bfloat16, `scale` (M, 1) float32, `bias` (N,) or None: product * scale + bias is meant.
+    """
+
+    product: Tensor
+    scale: Tensor
+    bias: Tensor | None
 
 
 def applies(x: Tensor, columns: int, *, wide: bool = False) -> bool:
@@ -56,30 +72,51 @@ def _groups(table: Tensor | None, rows: int) -> tuple[Tensor | None, int]:
 
 
 def residual_norm(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float, one: bool
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, y: Tensor | Unscaled | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    eps: float, one: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(x + gate * y, its LayerNorm times (1 + scale if `one`, else scale) plus shift), all bfloat16 (..., C).
 
-    gate, scale and shift: (C,), or (B, F, 1, C) for x of (B, F, T, C). Without y the sum is x; without scale there is
-    no norm.
+    gate, scale and shift: (C,), or (B, F, 1, C) for x of (B, F, T, C). y may be a product that lacks its scales.
+    Without y the sum is x; without scale there is no norm.
     """
+    normed = None if scale is None else torch.empty(x.shape, dtype=x.dtype)
+    return _pass(x, y, gate, scale, shift, eps, one, {"normed": normed}), normed
+
+
+def residual_norm_quantise(
+    x: Tensor, y: Tensor | Unscaled | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, one: bool,
+    by: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum of `residual_norm`; uint8 codes (M, C) and float32 scales (M, 1) of its norm times `by` (C,) float32."""
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    codes, code_scale = torch.empty(rows, columns, dtype=torch.uint8), torch.empty(rows, 1)
+    return _pass(x, y, gate, scale, shift, eps, one, {"codes": codes, "code_scale": code_scale}, by), codes, code_scale
+
+
+def _pass(
+    x: Tensor, y: Tensor | Unscaled | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    eps: float, one: bool, outputs: dict[str, Tensor | None], by: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Fill `outputs`, which are contiguous, and return the sum."""
     columns = x.shape[-1]
     x = x.contiguous()
     rows = x.numel() // columns
-    y = None if y is None else y.contiguous()
+    added, *factors = (y, None, None) if not isinstance(y, Unscaled) else y
     tables = [_groups(table, rows) for table in (gate, scale, shift)]
     group = max(size for _, size in tables)
     if group:
         # A table of one row among tables of many: every row its own copy.
         tables = [(_repeated(table, rows // group), group) for table, _ in tables]
-    total = x if y is None else torch.empty_like(x)
-    normed = None if scale is None else torch.empty_like(x)
-    call = _Passage(
-        *(_at(t) for t in (x, y, *(table for table, _ in tables), None if y is None else total, normed, None, None)),
-        columns, group, eps, int(one),
-    )  # fmt: skip
+    added = None if added is None else added.contiguous()
+    wide = [None if factor is None else factor.to(torch.float32).contiguous() for factor in (*factors, by)]
+    total = x if added is None else torch.empty_like(x)
+    given = (x, added, *(table for table, _ in tables), *wide)
+    made = {"sum": None if added is None else total, **outputs}
+    call = _Passage(*map(_at, given), *(_at(made.get(name)) for name in _OUTPUTS), columns, group, eps, int(one))
     _native().ispa_passage(ctypes.byref(call), _LONG(rows))
-    return total, normed
+    return total
 
 
 def _repeated(table: Tensor | None, count: int) -> Tensor | None:
