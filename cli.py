@@ -368,7 +368,7 @@ def _activations(asked: CalibrationFlags, seed: int, device: str) -> Activations
     reader = None if asked.text_encoder is None else reader_of(asked.text_encoder, asked.tokenizer, place)
     return Activations(
         prompts=asked.calibrate, frames=asked.calibrate_frames, seed=seed, device=place, smooth=asked.smooth,
-        alpha=asked.smooth_alpha, reader=reader, report=asked.report,
+        alpha=asked.smooth_alpha, keep_sensitive=asked.keep_sensitive, reader=reader, report=asked.report,
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ past: the full window is filled as in use, every pass counts (the clean one too)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from export.manifest import Source
 from export.prompts import read_prompts, text_rows
+from export.sensitivity import PROMPTS as SENSITIVITY_PROMPTS
+from export.sensitivity import Sensitivity, check_share, sensitivity
 from export.sources import Say
 from ispa_deploy.errors import InputError, RunError
 from ispa_deploy.evaluate.passes import TEXT, Pass, ToldStream
@@ -29,6 +32,8 @@ from quant.schemes import Scheme
 from quant.smooth import ALPHA, NOTHING, Smoothing, check_smoothing, columns, smoothing
 
 VERSION = 1
+# Added to the seed of calibration.
+SENSITIVITY_SEED = 500
 _WINDOWS = 2  # by default a stream runs for that many windows: the second half sees what eviction leaves
 
 
@@ -38,7 +43,8 @@ class Activations:
 
     `prompts`: a text file of prompts, or safetensors with `prompt_embeds`; None: the model's own, where it has some,
     and only if needed. `frames` None: two windows. `reader`: a text encoder, for models that need one. `smooth` and
-    `alpha`: see `quant.smooth.smoothing`. `report`: measure the bundle against the original when it is written.
+    `alpha`: see `quant.smooth.smoothing`. `keep_sensitive`: share of the weights that stay in floating point, those of
+    the linears whose 8 bits the output feels most. `report`: measure the written bundle against the original.
     """
 
     prompts: Path | None = None
@@ -48,21 +54,24 @@ class Activations:
     device: torch.device | str = "cpu"
     smooth: str = "none"
     alpha: float = ALPHA
+    keep_sensitive: float = 0.0
     report: bool = False
 
     def needed_for(self, scheme: Scheme) -> bool:
         """Whether a conversion to `scheme` calibrates: it was asked to, or cannot do without."""
-        return self.prompts is not None or self.smooth != "none" or scheme.layer == "int8-static"
+        asked = self.prompts is not None or self.smooth != "none" or self.keep_sensitive > 0
+        return asked or scheme.layer == "int8-static"
 
     def check(self, scheme: Scheme) -> None:
         """InputError for what can be told to be wrong before minutes of work: files, numbers, idle flags."""
         check_smoothing(self.smooth, self.alpha)
+        check_share(self.keep_sensitive)
         if self.prompts is not None and self.prompts.suffix != ".safetensors":
             read_prompts(self.prompts)
         idle = [flag for flag, given in (("--calibrate-frames", self.frames), ("--text-encoder", self.reader)) if given]
         if idle and not (self.needed_for(scheme) or self.report):
             raise InputError(f"{idle[0]} with nothing to calibrate: add --calibrate PROMPTS.txt, --smooth or --report")
-        if scheme.layer == "float" and (self.smooth != "none" or self.prompts is not None):
+        if scheme.layer == "float" and self.needed_for(scheme):
             raise InputError(f"calibration for the scheme {scheme.name}: expected one that quantises, such as w8a8")
 
 
@@ -73,12 +82,14 @@ UNSEEN = Activations()
 class Known:
     """What calibration tells a conversion; nothing where there was none.
 
-    `samples`: rows of each linear's input, before smoothing. `document`: see `Calibration.to_dict`.
+    `samples`: rows of each linear's input, before smoothing. `keep`: regular expressions of linears that are better
+    left in floating point. `document`: see `Calibration.to_dict`.
     """
 
     ranges: Mapping[str, float] = field(default_factory=dict)
     smooth: Smoothing = NOTHING
     samples: Mapping[str, Tensor] = field(default_factory=dict)
+    keep: tuple[str, ...] = ()
     document: dict[str, Any] | None = None
 
 
@@ -152,10 +163,8 @@ def calibrate(model: CausalWanDiT, names: Sequence[str], kind: str, request: Act
     spec = model.spec
     texts, digest = text_rows(spec, kind, request.prompts, request.reader)
     frames = request.frames or default_frames(spec)
-    home, place = (model.device, model.dtype), torch.device(request.device)
-    model.to(place, running_dtype(model.dtype, place))
     observer = Observer(model, names)
-    try:
+    with _placed(model, request.device, running_dtype(model.dtype, torch.device(request.device))):
         for index, rows in enumerate(texts):
             observer.at(TEXT)
             with observer:
@@ -163,12 +172,21 @@ def calibrate(model: CausalWanDiT, names: Sequence[str], kind: str, request: Act
                 stream = open_stream(model, rows.to(model.device), options)
                 for _ in ToldStream.of(stream, lambda one, _: observer.at(one)):
                     pass
-    finally:
-        model.to(*home)
     seen = observer.seen()
     _check_seen(seen, names)
     moments = {moment for one in seen.values() for moment in one.moments if isinstance(moment, Pass)}
     return Calibration(len(texts), digest, frames, request.seed, tuple(sorted(moments)), seen)
+
+
+@contextmanager
+def _placed(model: CausalWanDiT, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+    """The model on `device` in `dtype`, which holds its numbers, and back again."""
+    home = model.device, model.dtype
+    model.to(torch.device(device), dtype)
+    try:
+        yield
+    finally:
+        model.to(*home)
 
 
 def running_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -179,13 +197,33 @@ def running_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def learn(
     model: CausalWanDiT, source: Source, scheme: Scheme, skip: Sequence[str], request: Activations, say: Say
 ) -> Known:
-    """Calibrate the linears that `scheme` converts, and choose the factors that smooth them."""
+    """Calibrate the linears that `scheme` converts; choose the factors that smooth them, and which to keep."""
     names = [name for name, reason in kept(model, scheme, skip).items() if reason is None]
     found = calibrate(model, names, source.kind, request)
     samples = {name: seen.sample for name, seen in found.seen.items()}
     smooth, found = found.smoothed(request.smooth, linear_weights(model), request.alpha)
     say(found.summary())
-    return Known(found.ranges(), smooth, samples, found.to_dict())
+    document = found.to_dict()
+    keep: tuple[str, ...] = ()
+    if request.keep_sensitive:
+        felt = _felt(model, scheme, source, found, request)
+        say(felt.summary())
+        document, keep = document | {"sensitivity": felt.to_dict()}, felt.patterns
+    return Known(found.ranges(), smooth, samples, keep, document)
+
+
+def _felt(model: CausalWanDiT, scheme: Scheme, source: Source, found: Calibration, request: Activations) -> Sensitivity:
+    """On the first prompts of the calibration, with noise of its own.
+
+    In float32: bfloat16's own rounding is drawn anew in all layers behind a change, and is larger than what 8 bits in
+    one linear do.
+    """
+    texts, _ = text_rows(model.spec, source.kind, request.prompts, request.reader)
+    with _placed(model, request.device, torch.float32):
+        return sensitivity(
+            model, scheme, found.ranges(), texts[:SENSITIVITY_PROMPTS], share=request.keep_sensitive,
+            frames=found.frames, seed=request.seed + SENSITIVITY_SEED,
+        )  # fmt: skip
 
 
 def default_frames(spec: ModelSpec) -> int:

@@ -50,8 +50,8 @@ def quantise_source(
 
     Arguments as in `load_source`, `quantise_` and `write_bundle`, and so are the errors. `plan`: `none`, `auto` or a
     file, as in `quant.measure.plan_for`; `candidates`: what `auto` may choose from, by default `scheme` alone.
-    `activations`: what to calibrate with, how to smooth, and whether to report errors; a static scheme and smoothing
-    calibrate on the model's own prompts where none are given.
+    `activations`: what to calibrate with, how to smooth, what to keep for its error, and whether to report errors; a
+    static scheme, smoothing and keeping calibrate on the model's own prompts where none are given.
     """
     check_target(out, overwrite)  # before minutes of work
     activations.check(scheme)
@@ -63,6 +63,7 @@ def quantise_source(
     known = UNKNOWN
     if activations.needed_for(scheme):
         known = learn(*load(say), scheme, skip, activations, say)
+        skip = (*skip, *known.keep)
     if str(source) in NAMED:
         network, origin = load(quiet if known is not UNKNOWN else say)
         planned = plan_for(

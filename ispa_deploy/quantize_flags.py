@@ -59,6 +59,9 @@ class CalibrationFlags:
         str, typer.Option(help="SmoothQuant: none; fold, where it is exact and free; all, also where layers multiply.")
     ] = "none"
     smooth_alpha: Annotated[float, typer.Option(help="Its strength: 0 balances nothing, 1 all for activations.")] = 0.5
+    keep_sensitive: Annotated[
+        float, typer.Option(help="Share of the weights to keep in floating point, where 8 bits harm the output most.")
+    ] = 0.0
     report: Annotated[
         bool, typer.Option("--report", help="Measure the bundle against the original, one step at a time.")
     ] = False

@@ -125,6 +125,11 @@ class Sampler:
         first = Schedule.even(spec.first_steps, spec.shift) if spec.first_steps else None
         return Sampler(Schedule.few_step(spec.steps, spec.shift), first)
 
+    def passes(self, chunk: int) -> int:
+        """How many passes denoise that chunk."""
+        schedule = self.first if chunk == 0 and self.first is not None else self.schedule
+        return len(schedule.timesteps)
+
     def denoise(self, chunk: int, velocity: Velocity, noise: Noise) -> Tensor:
         if chunk == 0 and self.first is not None:
             return denoise_by_euler(velocity, noise, self.first)

@@ -76,11 +76,11 @@ def judged(name: str, floating: list[float], eight: list[float]) -> dict[str, An
     return {"full": base, "w8a8": eight_mean, "difference": difference._asdict(), "margin": margin, "verdict": verdict}
 
 
-def quantised(scheme: Scheme, skip: list[str], smooth: str) -> CausalWanDiT:
+def quantised(scheme: Scheme, skip: list[str], activations: Activations) -> CausalWanDiT:
     """The demo model as `ispa-deploy quantize demo` makes it."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bundle"
-        quantise_source("demo", out, scheme=scheme, skip=skip, activations=Activations(smooth=smooth))
+        quantise_source("demo", out, scheme=scheme, skip=skip, activations=activations)
         return open_bundle(out).model
 
 
@@ -94,11 +94,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scheme", choices=[name for name in SCHEMES if name != "none"], default="w8a8-int8")
     parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="as in `quantize`")
     parser.add_argument("--smooth", choices=MODES, default="none", help="as in `quantize`")
+    parser.add_argument("--keep-sensitive", type=float, default=0.0, metavar="SHARE", help="as in `quantize`")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     pairs, frames = list(demo_pairs(arguments.pairs, seed=5)), 3 * arguments.chunks
     floating, _ = load_source("demo", dtype=torch.float32)
-    eight = quantised(SCHEMES[arguments.scheme], arguments.skip, arguments.smooth)
+    asked = Activations(smooth=arguments.smooth, keep_sensitive=arguments.keep_sensitive)
+    eight = quantised(SCHEMES[arguments.scheme], arguments.skip, asked)
     full = reports(floating, pairs, frames, arguments.batch)
     ours = reports(eight, pairs, frames, arguments.batch)
     assert_ran(eight)
@@ -112,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         "scheme": arguments.scheme,
         "skip": arguments.skip,
         "smooth": arguments.smooth,
+        "keep_sensitive": arguments.keep_sensitive,
         "chunks": arguments.chunks,
         "pairs": len(pairs),
         "margin": MARGIN,
