@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 import torch
 
+from ispa_deploy.profile.environment import slug
 from ispa_deploy.profile.geometries import GEOMETRIES
+from tests.bench.__main__ import command
 from tests.bench.chunk import Plan, measure
 from tests.bench.readme import END, START, main, reports, table
 from tests.tiny import SPEC
@@ -53,6 +56,24 @@ def test_the_table_has_every_run_of_every_report() -> None:
     for _, report in stored:
         for run in report["runs"]:
             assert f"| {run['speedup']:.2f}x |" in made
+
+
+def test_processors_of_one_name_and_other_vector_units_have_folders_of_their_own() -> None:
+    known = {"gpu": None, "cpu": "AMD EPYC", "cores": 2}
+    assert slug(known) == slug({**known, "cpu_capability": "AVX512"}) == "cpu-amd-epyc-2c"
+    assert slug({**known, "cpu_capability": "AVX2"}) == "cpu-amd-epyc-2c-avx2"
+    assert slug({**known, "gpu": "NVIDIA H200", "cpu_capability": "AVX2"}) == "nvidia-h200"
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_a_narrow_processor_measures_fewer_layers(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    asked = argparse.Namespace(suite="cpu", rounds=None, shared=False)
+    for part in ("mid", "ladder"):
+        assert ("--layers" in command(part, Path("out.json"), asked)) == (capability == "AVX2")
+    line = command("merge", Path("out.json"), asked)
+    assert line[-1] == ("3" if capability == "AVX2" else "5")
+    assert "--layers" not in command("demo", Path("out.json"), asked)
 
 
 def test_without_results_the_table_says_so(tmp_path: Path) -> None:

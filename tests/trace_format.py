@@ -10,6 +10,7 @@ from typing import Any
 COMPLETE = {"name": str, "cat": str, "ph": str, "ts": int, "dur": int, "pid": int, "tid": int}
 METADATA = {"name": str, "ph": str, "pid": int, "tid": int, "args": dict}
 NAMING = ("process_name", "thread_name")
+SORTING = ("process_sort_index", "thread_sort_index")
 
 
 def read(text: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -32,12 +33,15 @@ def read(text: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
             assert event["ts"] >= 0
             assert event["dur"] > 0
             slices.setdefault((event["pid"], event["tid"]), []).append(event)
+        elif event["name"] in SORTING:
+            assert set(event["args"]) == {"sort_index"}
         elif event["name"] == "process_name":
             assert event["pid"] not in processes, "a process has one name"
             processes[event["pid"]] = event["args"]["name"]
         else:
             assert event["name"] in NAMING
             tracks[event["pid"], event["tid"]] = event["args"]["name"]
+    assert not {track for _, track in tracks} & set(processes), "a track numbered like a process is its main thread"
     for events in slices.values():
         for before, after in pairwise(events):
             assert before["ts"] + before["dur"] <= after["ts"], "slices of one track overlap"

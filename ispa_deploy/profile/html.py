@@ -34,8 +34,9 @@ def html(document: dict[str, Any]) -> str:
         f"<title>Latency report</title>\n<style>\n{style}</style></head>\n<body><main>\n"
         "<h1>How fast is this video model, and why not faster?</h1>\n"
         "<p>The model makes a video in chunks of a few frames. <b>ISPA</b> lets some of its layers forget old frames "
-        "and absorbs what those contributed into the weights, so attention reads fewer keys. <b>W8A8</b> computes the "
-        "linear layers in 8 bits. Below: what each does to the time of one chunk.</p>\n"
+        "and absorbs what those contributed into the weights, so attention has less to read. <b>W8A8</b> computes the "
+        "linear layers in 8 bits. The <b>full cache</b> does neither. Below: what each does to the time of one "
+        "chunk.</p>\n"
         f'<div class="cards">{cards}</div>\n{sections}\n</main></body></html>\n'
     )
 
@@ -65,7 +66,9 @@ def _card(report: Report, number: int) -> str:
         f'<div class="card"><p class="eyebrow">{escape(model_line(report))}</p><p class="big">{big}</p><p>{line}</p>'
         f"{_caution(report, number)}<dl>{pairs}</dl><h3>Time of one chunk</h3>"
         f"{stacked_bars(report['runs'], [title(run) for run in report['runs']])}"
-        '<p class="soft small">Bars: the recorded chunk. Speed-ups: chunks timed with nothing installed.</p></div>'
+        '<p class="soft small">Attention: reading this chunk, frames before it and the prompt. Linear: matrix products '
+        "with the model's weights. Overhead: everything else, from norms to Python. Bars: a chunk with every step "
+        "timed. Speed-ups: chunks timed as a whole.</p></div>"
     )
 
 
@@ -97,7 +100,7 @@ def _limit(report: Report, run: Run) -> str:
     if law["attention_ceiling"] == 1:
         return text
     return text + (
-        f"Reading fewer keys makes self-attention {law['attention_ceiling']:.2f}× faster at most, and by that the "
+        f"Reading fewer frames makes self-attention {law['attention_ceiling']:.2f}× faster at most, and by that the "
         f"whole chunk {law['ceiling']:.2f}×."
     )
 

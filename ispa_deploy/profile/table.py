@@ -99,8 +99,20 @@ def account(report: Report) -> list[str]:
     limit = 100 * rules[0]["limits"]["instrumented_over_plain"]
     return [
         f"Every account closes: rows and wall time differ by {error:.2g} % at most, at most {lost:.2g} % of a chunk is "
-        f"in no row, and recording changes the time by less than {limit:g} %."
+        f"in no row, and recording changes the time by less than {limit:g} %{_counted(report)}."
     ]
+
+
+def _counted(report: Report) -> str:
+    """Which runs' price of recording follows from their marks, for blocks differ too much to tell."""
+
+    def noisy(run: Run) -> bool:
+        bounds = (run.get("recording") or {}).get("interval") or (0.0, float("inf"))
+        limit = run["closing"]["limits"]["instrumented_over_plain"]
+        return any(abs(bound - 1) > limit for bound in bounds)
+
+    names = [run["name"] for run in report["runs"] if noisy(run)]
+    return f" (by its marks in {', '.join(names)}: the blocks differ by more)" if names else ""
 
 
 def explanations(report: Report) -> list[str]:

@@ -1,8 +1,9 @@
 """`python -m tests.bench [--suite cpu|storage|stream|gpu] [-o docs/results]`: every measurement.
 
-Results go to `<output>/<device>/*.json`. The CPU suite takes under 10 minutes on 2 cores. Each part runs in a process
-of its own, so that none inherits another's memory, and writes its file as soon as it is done; at the end the README's
-speed table is made anew. `--only` picks parts, also ones that the suite leaves out; `--rounds` trades time for spread.
+Results go to `<output>/<device>/*.json`. The CPU suite takes under 10 minutes on 2 quiet cores. Each part runs in a
+process of its own, so that none inherits another's memory, and writes its file as soon as it is done; at the end the
+README's speed table is made anew. `--only` picks parts, also ones that the suite leaves out; `--rounds` trades time for
+spread.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ispa_deploy.evaluate.table import replace_section
-from ispa_deploy.profile.environment import environment, slug
+from ispa_deploy.profile.environment import environment, slug, wide_vectors
 from tests.bench.readme import END, RESULTS, START, table
 
 SUITES: dict[str, tuple[str, ...]] = {
@@ -28,17 +29,28 @@ SUITES: dict[str, tuple[str, ...]] = {
 _ALONE = ("int8_linear", "merge", "memory", "warmup", "kv", "deltas", "attention")
 """Parts with a module of their own; the others are geometries for `tests.bench.chunk`, and the ladder."""
 
+_ROUNDS = {"merge": 5, "attention": 5, "ladder": 4}
+"""Rounds on a CPU where neighbours differ so little that fewer than the module's own are enough."""
+_NARROW = {"merge": ("--rounds", "3"), "attention": ("--rounds", "3"), "mid": ("--layers", "4"),
+           "ladder": ("--layers", "4")}  # fmt: skip
+"""What keeps the suite within its minutes on a CPU without AVX-512, where bfloat16 is several times slower: fewer
+rounds, and four of the twelve layers, of which each costs the same."""
+
 
 def command(part: str, output: Path, arguments: argparse.Namespace) -> list[str]:
     """The command line of one part."""
     python = [sys.executable, "-m"]
-    device = ["--device", "cuda" if arguments.suite == "gpu" else "cpu"]
+    cuda = arguments.suite == "gpu"
+    device = ["--device", "cuda" if cuda else "cpu"]
+    rounds = [] if cuda or part not in _ROUNDS else ["--rounds", str(_ROUNDS[part])]
+    narrow = list(_NARROW.get(part, ())) if not cuda and not wide_vectors() else []
     if part in _ALONE:
-        return [*python, f"tests.bench.{part}", "--json", str(output), *(device if part == "attention" else [])]
-    rounds = ["--rounds", str(arguments.rounds)] if arguments.rounds else []
+        own = device if part == "attention" else []
+        return [*python, f"tests.bench.{part}", "--json", str(output), *own, *rounds, *narrow]
+    asked = ["--rounds", str(arguments.rounds)] if arguments.rounds else rounds
     shared = ["--shared"] if arguments.shared else []
     module = ["tests.bench.ladder"] if part == "ladder" else ["tests.bench.chunk", part]
-    return [*python, *module, "--json", str(output), *device, *rounds, *shared]
+    return [*python, *module, "--json", str(output), *device, *asked, *narrow, *shared]
 
 
 def main(argv: list[str] | None = None) -> int:

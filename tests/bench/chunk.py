@@ -70,6 +70,7 @@ STEPS = {"cpu": {"longlive-1.3b": (1000,), "krea-14b": (1000,)}}
 
 def measure(geometry: str, plan: Plan, device: str, rounds: int | None, shared: bool) -> dict[str, Any]:
     """The report of one geometry."""
+    fewer = f" --layers {plan.layers}" if plan.layers else ""
     scheme, line = quant.resolve("w8a8", device)
     print(line)
     spec = GEOMETRIES[geometry]
@@ -90,7 +91,7 @@ def measure(geometry: str, plan: Plan, device: str, rounds: int | None, shared: 
         pixel_frames=model.spec.temporal_stride,
         clock=plan.shared_clock if shared else "wall",
         timeline=False,
-        command=f"python -m tests.bench.chunk {geometry} --device {device}{' --shared' if shared else ''}",
+        command=f"python -m tests.bench.chunk {geometry} --device {device}{fewer}{' --shared' if shared else ''}",
         progress=lambda step: print(f"{time.monotonic() - start:6.0f} s  {step}", flush=True),
     )
     for row in report["runs"]:
@@ -163,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", required=True, help="the report; Markdown lies beside it")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--layers", type=int, help="fewer layers than the geometry has; every layer costs the same")
     parser.add_argument("--shared", action="store_true", help="busy machine: one thread, its CPU time")
     arguments = parser.parse_args(argv)
     if arguments.shared:
@@ -170,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.device == "cpu":
         quant.tune_allocator()
     plan = PLANS[arguments.device][arguments.geometry]
+    plan = replace(plan, layers=arguments.layers or plan.layers)
     report = measure(arguments.geometry, plan, arguments.device, arguments.rounds, arguments.shared)
     write_json(arguments.json, report)
     write_text(arguments.json.with_suffix(".md"), markdown(report))
