@@ -177,7 +177,10 @@ def profile(
     recent_frames: Annotated[int, typer.Option(help="Recent frames that local layers also keep.")] = 0,
     also: Annotated[
         list[str] | None,
-        typer.Option(help="One more run, POLICY[:RATIO[:RECENT]][+SCHEME], e.g. absorb:1:3+w8a8; repeatable."),
+        typer.Option(
+            help="One more run, POLICY[:RATIO[:RECENT]][+SCHEME][+int8-kv|+int8-attention], e.g. absorb:1:3+w8a8; "
+            "repeatable."
+        ),
     ] = None,
     mid: Annotated[bool, typer.Option(help="Also profile the mid geometry (random weights), where 8 bits pay.")] = True,
     allow_fallback: Annotated[

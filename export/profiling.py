@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from export.bundle import Bundle
+from ispa_deploy.attention_int8 import CodedAttention
 from ispa_deploy.errors import InputError, RunError
 from ispa_deploy.linear import Linear
 from ispa_deploy.model import CausalWanDiT
@@ -22,12 +23,16 @@ from quant.audit import audit, complaints
 
 Say = Callable[[str], None]
 
+CACHES = {"": ("auto", "auto"), "int8-kv": ("int8", "auto"), "int8-attention": ("int8", "int8")}
+"""What a run of `also` may say of its cache -> `kv_dtype` and `attention_dtype` of its stream."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
     """What is compared beside the full cache: ISPA at `ratio` with `recent` frames, and the runs that `also` names.
 
-    `also`: `POLICY[:RATIO[:RECENT]][+SCHEME]`, for example `absorb:1:3+w8a8-int8` or `sink-local`. A requested scheme
+    `also`: `POLICY[:RATIO[:RECENT]][+SCHEME][+int8-kv|+int8-attention]`, for example `absorb:1:3+w8a8-int8` or
+    `sink-local`; `int8-attention` reads an int8 cache, `int8-kv` decodes it. A requested scheme
     that did not run in 8 bits is a `RunError`; `allow_fallback` makes it a warning in the report.
     """
 
@@ -62,10 +67,17 @@ def configurations(
 
 
 def _run(name: str, model: CausalWanDiT, options: StreamOptions, scheme: str) -> Configuration:
-    return Configuration(
-        name=name, model=model, options=options, scheme=scheme, audit=audit,
-        complaints=complaints if scheme != "none" else None,
-    )  # fmt: skip
+    def told(model: nn.Module) -> list[str]:
+        return (complaints(model) if scheme != "none" else []) + _attention_complaints(model, options)
+
+    return Configuration(name=name, model=model, options=options, scheme=scheme, audit=audit, complaints=told)
+
+
+def _attention_complaints(model: nn.Module, options: StreamOptions) -> list[str]:
+    if options.attention_dtype == "auto":
+        return []
+    assert isinstance(model, CausalWanDiT)
+    return CodedAttention(model.device, model.dtype, model.spec.head_dim).assert_runs(allow_fallback=True)
 
 
 def further(also: Sequence[str], floating: CausalWanDiT, eight: CausalWanDiT, scheme: str) -> list[Configuration]:
@@ -82,18 +94,22 @@ def further(also: Sequence[str], floating: CausalWanDiT, eight: CausalWanDiT, sc
 
 
 def _asked(text: str) -> tuple[StreamOptions, str]:
-    """Options and scheme of one `POLICY[:RATIO[:RECENT]][+SCHEME]`."""
-    what, _, scheme = text.partition("+")
+    """Options and scheme of one `POLICY[:RATIO[:RECENT]][+SCHEME][+int8-kv|+int8-attention]`."""
+    what, *more = text.split("+")
+    kv, attention = CACHES[more.pop() if more and more[-1] in CACHES else ""]
     policy, *numbers = what.split(":")
     try:
         ratio, recent = float(numbers[0]) if numbers else 0.5, int(numbers[1]) if len(numbers) > 1 else 0
     except ValueError:
         numbers = ["", "", ""]
-    if len(numbers) > 2:
-        raise InputError(f"--also '{text}': expected POLICY[:RATIO[:RECENT]][+SCHEME], for example absorb:1:3+w8a8")
-    options = StreamOptions(policy=policy, ratio=ratio, recent_frames=recent)
+    if len(numbers) > 2 or len(more) > 1:
+        form = "POLICY[:RATIO[:RECENT]][+SCHEME][+int8-kv|+int8-attention]"
+        raise InputError(f"--also '{text}': expected {form}, for example absorb:1:3+w8a8")
+    options = StreamOptions(
+        policy=policy, ratio=ratio, recent_frames=recent, kv_dtype=kv, attention_dtype=attention
+    )  # fmt: skip
     options.policy_value()
-    return options, scheme or "none"
+    return options, more[0] if more else "none"
 
 
 def _audited(report: dict[str, Any], allow_fallback: bool) -> dict[str, Any]:

@@ -5,8 +5,8 @@ scale per token and head, so a score is an integer product times two scales; sof
 times its value's scale meets the value's codes. `plain` defines this arithmetic; the kernels differ from it in how they
 round weights: to 16-bit integers in C, to bfloat16 in Triton.
 
-Keys are not smoothed (SageAttention takes their mean off): with a scale per token and head there is no need, see
-docs/log.md.
+Keys are not smoothed (SageAttention takes their mean off): what a channel far from 0 costs, it costs in the cache's
+codes already, and the queries' codes add little to it (docs/log.md).
 """
 
 from __future__ import annotations

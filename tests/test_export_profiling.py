@@ -36,9 +36,18 @@ def test_further_runs_are_read_from_their_names(models: tuple[CausalWanDiT, Caus
     assert (asked.options.ratio, asked.options.recent_frames, asked.model) == (1.0, 3, models[1])
     assert (plain.options.policy, plain.scheme, plain.model) == ("sink-local", "none", models[0])
     assert window.options.ratio == 0.25
+    held, read = further(("absorb+int8-kv", "full+w8a8-int8+int8-attention"), *models, "w8a8-int8")
+    assert (held.scheme, held.options.kv_dtype, held.options.attention_dtype) == ("none", "int8", "auto")
+    assert (read.scheme, read.options.kv_dtype, read.options.attention_dtype) == ("w8a8-int8", "int8", "int8")
+    assert held.complaints is not None
+    assert held.complaints(models[0]) == []
+    assert read.complaints is not None
+    assert any("8-bit attention was simulated" in line for line in read.complaints(models[1])) == (
+        SPEC.head_dim % 32 > 0
+    )
 
 
-@pytest.mark.parametrize("text", ["absorb:x", "absorb:1:2:3", "nothing", "absorb:1:y+w8a8"])
+@pytest.mark.parametrize("text", ["absorb:x", "absorb:1:2:3", "nothing", "absorb:1:y+w8a8", "full+none+int4-kv"])
 def test_a_run_that_means_nothing_is_refused_before_any_work(text: str) -> None:
     with pytest.raises(InputError):
         Compared(also=(text,)).check()

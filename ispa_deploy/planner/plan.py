@@ -179,7 +179,7 @@ def _errors(report: Report, rates: Rates, what: str, skip: Sequence[str] = ()) -
     spec = spec_of(report)
     rows = []
     for run in report["runs"]:
-        if run["name"] in skip or run["name"] == "published":
+        if run["name"] in skip or run["name"] == "published" or run.get("kv_dtype", "auto") != "auto":
             continue
         predicted = sum(times(spec, setting_of(spec, report, run), rates).values())
         measured = run["wall_ms"]

@@ -62,6 +62,7 @@ def of_report(report: Report, names: Iterable[str] | None = None) -> Rates:
             for run in report["runs"]
             if (run["scheme"] != "none") == eight
             and run["name"] != "published"
+            and run.get("kv_dtype", "auto") == "auto"  # its attention is another kernel, or decodes
             and (wanted is None or run["name"] in wanted)
         ]
         if runs:

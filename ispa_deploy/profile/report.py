@@ -154,6 +154,8 @@ def _run_row(lane: Lane, base: Lane, published: Lane | None, peak: dict[str, Any
         "ratio": len(facts["local"]) / spec.layers,
         "recent": options.recent_frames if facts["localises"] else 0,
         "scheme": lane.configuration.scheme,
+        "kv_dtype": options.kv_dtype,
+        "attention_dtype": options.attention_dtype,
         "delta": facts["delta"],
         "chunk_ms": _distribution(lane.plain),
         "wall_ms": run.wall,
