@@ -45,6 +45,7 @@ def compare(
     timeline: bool = True,
     windows: Sequence[int] = (LONG,),
     plain_only: int = 0,
+    price_pairs: int = PRICE_PAIRS,
     load_ms: float | None = None,
     command: str = "",
     progress: Callable[[str], None] | None = None,
@@ -56,7 +57,7 @@ def compare(
     `clock`: `wall`, or `cpu` for one thread on a shared machine. `timeline`: put the last recorded chunk of each
     configuration into the report moment by moment, some 10 KB each. `windows`: frames at which self-attention alone is
     measured beside the model's own window. `plain_only`: rounds more in which chunks are timed and not recorded.
-    `load_ms`: what loading the weights took, for the report.
+    `price_pairs`: most pairs of chunks for what recording costs. `load_ms`: what loading the weights took.
     """
     _check_clock(clock, configurations)
     names = [configuration.name for configuration in configurations]
@@ -66,7 +67,7 @@ def compare(
     lanes = []
     for configuration in configurations:
         say(f"preparing {configuration.name}")
-        asked = chunks * (2 * rounds + plain_only) + 2 + 2 * PRICE_PAIRS
+        asked = chunks * (2 * rounds + plain_only) + 2 + 2 * price_pairs
         lanes.append(open_lane(configuration, asked, CLOCKS[clock], decoder))
     for number in range(rounds + plain_only):
         for offset in range(len(lanes)):
@@ -78,7 +79,7 @@ def compare(
                 take_plain_turn(lane, chunks, clock=CLOCKS[clock])
     for lane in lanes:
         say(f"blocks and recording: {lane.configuration.name}")
-        record_blocks(lane, CLOCKS[clock], most=PRICE_PAIRS)
+        record_blocks(lane, CLOCKS[clock], most=price_pairs)
     say("peaks of the device, and attention at long windows")
     bench = _bench(lanes, baseline, clock, windows)
     report = report_of(lanes, baseline, bench, pixel_frames=pixel_frames, command=command, clock=clock, load_ms=load_ms)

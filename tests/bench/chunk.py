@@ -20,7 +20,7 @@ import quant
 from export.profiling import configurations
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions
-from ispa_deploy.profile.compare import Configuration, compare
+from ispa_deploy.profile.compare import PRICE_PAIRS, Configuration, compare
 from ispa_deploy.profile.files import write_json, write_text
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
 from ispa_deploy.profile.table import markdown, terminal
@@ -34,8 +34,8 @@ from tests.bench.published import SteadyPublished
 class Plan:
     """How a geometry is measured: rounds of `chunks` plain and `chunks` recorded chunks per configuration.
 
-    `plain`: rounds more without a recorder; `layers`: only so many; `brief`: the runs of
-    the paper alone, without their start and without long windows. `shared_clock`: what `--shared` reads; a reading
+    `plain`: rounds more without a recorder; `layers`: only so many; `brief`: the runs of the paper alone, without their
+    start, long windows and chunks for what recording costs. `shared_clock`: what `--shared` reads; a reading
     of the CPU clock is a system call, too dear for the demo's marks.
     """
 
@@ -87,6 +87,7 @@ def measure(geometry: str, plan: Plan, device: str, rounds: int | None, shared: 
         chunks=plan.chunks,
         rounds=rounds or plan.rounds,
         plain_only=plan.plain,
+        price_pairs=0 if plan.brief else PRICE_PAIRS,
         windows=() if plan.brief else (LONG,),
         pixel_frames=model.spec.temporal_stride,
         clock=plan.shared_clock if shared else "wall",
