@@ -161,8 +161,9 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
     return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
 
 
-SOLVING = 7
-"""Squares of a layer's width, of 8 bytes, that a solve with its sums on the host holds on the device at most."""
+SOLVING = 4.06
+"""Squares of a layer's width, of 8 bytes, that a solve with its sums on the host holds on the device at most: the sums,
+H W, the factor and the solution; the rest are the rows that a pass over a square takes at a time."""
 
 
 def test_what_sums_on_the_host_leave_on_the_device() -> None:
@@ -181,14 +182,17 @@ def test_what_sums_on_the_host_leave_on_the_device() -> None:
             solution = solve(every, Ridge(relative=1e-2), intercept=True)
     assert solution.status == "ok"
     assert 4 * square <= warming.peak <= 4 * square + 24 * rows * width
-    sums = fit_before = 1
-    assert 3 * 8 * square <= solving.peak <= (SOLVING - sums - fit_before) * 8 * square + 2**16
+    sums, taken = 1, 256 * width * 8  # of a wide layer 0.05 squares
+    assert 3 * 8 * square <= solving.peak <= (int(SOLVING) - sums) * 8 * square + 2 * taken
+    with _Ledger() as scoring:
+        every.to(torch.device("cpu")).residual(solution.weight, solution.bias)
+    assert scoring.peak <= 2 * 8 * square + 3 * taken, "beside the sums and the fit: at its widest before it takes rows"
 
 
-@pytest.mark.parametrize(("name", "limit"), [("krea-14b", 1.13), ("liveavatar-14b", 1.05)])
-def test_14b_with_its_sums_on_the_host(name: str, limit: float) -> None:
-    """Over the full cache's steady peak: 1.05 in every pass of the warm-up. At the transition activations have been
-    freed, a layer is solved at a time: 1.05 on LiveAvatar, 1.13 on Krea, whose window is small."""
+@pytest.mark.parametrize("name", ["krea-14b", "liveavatar-14b"])
+def test_14b_with_its_sums_on_the_host(name: str) -> None:
+    """Over the full cache's steady peak: 1.05 in every pass of the warm-up; and at the transition, when activations
+    have been freed and a layer is solved at a time."""
     spec, budget = SPECS[name], predict(SPECS[name], Setup(policy="full"))
     caches = budget.kv_full + budget.kv_scratch
     assert predict(spec, Setup(stats_device="cpu")).statistics == 0
@@ -196,7 +200,7 @@ def test_14b_with_its_sums_on_the_host(name: str, limit: float) -> None:
     rows = kept / 9 * 3 / spec.passes
     watched = 6 * spec.dim**2 + 12 * rows * spec.dim  # an 8-bit layer's weight made anew, before it a product; rows
     assert caches + budget.activations + watched <= 1.05 * (caches + budget.activations)
-    assert caches + SOLVING * 8 * spec.dim**2 <= limit * (caches + budget.activations)
+    assert caches + SOLVING * 8 * spec.dim**2 <= 1.05 * (caches + budget.activations)
 
 
 def _grown(chunks: int, **options: object) -> tuple[int, object]:

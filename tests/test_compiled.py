@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from ispa_deploy.compiled import compile_, eager_
+from ispa_deploy.compiled import CACHE, compile_, eager_
 from ispa_deploy.regions import recording
 from quant import SCHEMES, quantise_
 from tests.tiny import SPEC, latents_of, text_rows, tiny_model, tiny_stream
@@ -70,6 +72,17 @@ def test_nothing_is_compiled_twice_in_200_chunks(rope: str, scheme: str) -> None
             stream.request_recalibration()
     assert states["absorbed"] > 160, "five warm-ups of four chunks and a solve of one"
     assert chunk.index == 199
+
+
+def test_compiled_code_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where PyTorch then looks for it; a folder that the user named stays."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(CACHE, str(tmp_path / "own"))
+    compile_(tiny_model(), backend="eager")
+    assert cache_dir() == str(tmp_path / "own")
+    monkeypatch.delenv(CACHE)
+    compile_(tiny_model(), backend="eager")
+    assert cache_dir() == str(tmp_path / "ispa-deploy" / "inductor")
 
 
 def _broken(*_: object) -> None:

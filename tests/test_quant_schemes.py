@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from ispa_deploy.delta import Delta
 from ispa_deploy.errors import InputError
-from quant import kernels, kernels_float8
+from quant import kernels, kernels_cpu, kernels_cuda, kernels_float8
 from quant.interchange import from_bitsandbytes, from_torchao, to_bitsandbytes, to_torchao
 from quant.kernels import candidates, kernel_for, refusal, runs
 from quant.kernels_packages import TORCHAO
+from quant.kernels_stored import StoredKernel
 from quant.layers import LAYERS, Fp8Linear, StaticInt8Linear
 from quant.linear import Int8Linear, QuantisedLinear
 from quant.primitives import FLOAT8, FLOAT8_MAX, dequantise, quantise_fixed, quantise_rows_fp8, quantise_weight_fp8
@@ -273,6 +275,57 @@ def test_the_float8_stand_in_is_never_a_candidate() -> None:
             assert all(kernel.exact for kernel in candidates(family, device))
             assert not kernels.stand_in(family, device).exact
     assert kernels_float8.SIMULATED.name.startswith("simulated")
+
+
+# Which kernel a CUDA device gets, asked without one
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "refused", "chosen"),
+    [
+        ("int8", (1536, 1536), (), kernels_cuda.TRITON),
+        ("int8", (1536, 1536), (kernels_cuda.TRITON,), kernels_cuda.INT_MM),
+        ("int8", (70, 33), (), kernels_cuda.TRITON),
+        ("int8", (70, 33), (kernels_cuda.TRITON,), TORCHAO),  # `_int_mm` takes eights alone
+        ("int8-static", (1536, 1536), (kernels_cuda.TRITON,), kernels_cuda.INT_MM),
+        ("fp8", (1536, 8960), (), kernels_float8.SCALED_MM),
+    ],
+)
+def test_cuda_gets_the_fastest_kernel_that_is_right(
+    family: kernels.Family, shape: tuple[int, int], refused: tuple[object, ...], chosen: object,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(kernels, "refusal", lambda kernel, _: "not here" if kernel in refused else None)
+    assert kernel_for(torch.device("cuda"), *shape, family) is chosen
+
+
+@pytest.mark.parametrize("shape", [(1536, 1544), (1544, 1536)])
+def test_fp8_takes_sixteens_and_says_so_otherwise(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "refusal", lambda *_: None)
+    with pytest.raises(InputError, match=f"fp8 linear of {shape[0]} x {shape[1]} on device 'cuda'"):
+        kernel_for(torch.device("cuda"), *shape, "fp8")
+    assert kernel_for(torch.device("cuda"), *shape, "fp8", allow_fallback=True) is kernels_float8.SIMULATED
+
+
+@dataclass(frozen=True)
+class _OffByOne(StoredKernel):
+    """Right but for one sum."""
+
+    def multiply(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        y = codes.double() @ packed.double().t()
+        y[-1, -1] += 1
+        return (y * scale * column).to(dtype)
+
+
+def test_a_kernel_that_is_wrong_once_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = _OffByOne("wrong")
+    assert refusal(wrong, "cpu") == "not exact on this processor"
+    assert refusal(kernels_cpu.INT_MM, "cpu") is None
+    monkeypatch.setattr(kernels_cpu, "KERNELS", (wrong, kernels_cpu.INT_MM))
+    assert kernel_for(CPU, 16, 32) is kernels_cpu.INT_MM
+    assert "wrong refused, not exact" in kernels.describe("cpu")
 
 
 # Other packages

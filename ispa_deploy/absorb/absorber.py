@@ -238,6 +238,8 @@ class Absorber:
             cut = truncate(every, solution, self.rank)
         del every
         score = None if solution.failed else solution.residual
+        if solution.weight is not None:  # sums on the host: its fit waits there, the device has room for one at a time
+            solution = replace(solution, weight=solution.weight.to(early.gram.device))
         if late is not None and not solution.failed:
             trial = solve(early.to(device), settings.ridge, intercept=settings.intercept, certified=False)
             score = None if trial.weight is None else late.to(device).residual(trial.weight, trial.bias)

@@ -8,6 +8,7 @@ something else for every number of rows and every scale of activations.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,28 +61,28 @@ def solve(stats: Statistics, ridge: Ridge, *, intercept: bool = False, certified
 
     `certified` False leaves condition and residual out (NaN): half the time, for a fit that is only tried.
     """
-    gram, cross_w = stats.gram.to(torch.float64, copy=True), stats.projected_cross()
-    if intercept and stats.rows > 0:
-        gap_w = stats.weight.to(gram.device).double() @ stats.gap_sum.double()
-        near = stats.local_sum.double()
-        gram.addr_(near, near, alpha=-1 / stats.rows)
-        cross_w = torch.addr(cross_w, near, gap_w, alpha=-1 / stats.rows)
-    if not (gram.isfinite().all() and cross_w.isfinite().all()):
+    # In this order and in place: of a wide layer three squares lie beside its sums, no more.
+    cross_w = stats.projected_cross()
+    gap_w = stats.weight.to(cross_w.device).double() @ stats.gap_sum.double()
+    gram = _centred_gram(stats, intercept)
+    if not (gram.sum().isfinite() and cross_w.sum().isfinite()):  # of a sum: it needs no room beside the squares
         return _failure(stats, "failed: the statistics hold NaN or Inf")
     if stats.rows == 0 or not gram.any():
         return _failure(stats, "failed: no rows with history were seen")
-    strength = ridge.strength(gram)
-    factor, strength, raised = _factorise(gram, strength)
+    effective_rank = float(gram.trace() ** 2 / gram.norm().square())
+    strength, floor = ridge.strength(gram), 1e-12 * float(gram.diagonal().mean())
+    factor, strength, raised = _factorise(gram, strength, floor, lambda: _centred_gram(stats, intercept))
     if factor is None:
         return _failure(stats, f"failed: G + λI is not positive definite up to λ = {strength:.3g}")
-    delta = torch.cholesky_solve(cross_w, factor)
-    del cross_w
-    condition = _condition(gram, strength, factor) if certified else math.nan
-    effective_rank = float(gram.trace() ** 2 / gram.norm().square())
-    del gram, factor  # each as large as the solution: a wide layer has no room for them beside what follows
+    del gram
+    delta = cross_w.clone()  # columns contiguous, as the solver takes them without a copy
+    if intercept:
+        delta.addr_(stats.local_sum.double(), gap_w, alpha=-1 / stats.rows)
+    _solve_by(factor, delta)
+    condition = _condition(factor) if certified else math.nan
+    del factor  # as large as the solution: a wide layer has no room for it beside what follows
     bias = (gap_w - stats.local_sum.double() @ delta) / stats.rows if intercept else None
-    weight = delta.T.contiguous()
-    del delta
+    weight = delta.T
     return Solution(
         weight=weight,
         bias=bias,
@@ -94,27 +95,45 @@ def solve(stats: Statistics, ridge: Ridge, *, intercept: bool = False, certified
     )
 
 
-def _factorise(gram: Tensor, strength: float) -> tuple[Tensor | None, float, int]:
-    """Cholesky of G + λI; λ grows tenfold while that fails, from a floor that float64 can tell from zero."""
-    floor, diagonal = 1e-12 * float(gram.diagonal().mean()), gram.diagonal().clone()
+def _centred_gram(stats: Statistics, intercept: bool) -> Tensor:
+    """G in float64, of rows about their mean if `intercept`."""
+    gram = stats.gram.to(torch.float64, copy=True)
+    if intercept and stats.rows > 0:
+        near = stats.local_sum.double()
+        gram.addr_(near, near, alpha=-1 / stats.rows)
+    return gram
+
+
+def _factorise(
+    gram: Tensor, strength: float, floor: float, again: Callable[[], Tensor]
+) -> tuple[Tensor | None, float, int]:
+    """Cholesky of G + λI in the place of G, which a failure spoils and `again` makes anew.
+
+    λ grows tenfold while that fails, from a floor that float64 can tell from zero.
+    """
+    info = torch.empty((), dtype=torch.int32, device=gram.device)
     for raised in range(RETRIES + 1):
         gram.diagonal().add_(strength)
-        factor, info = torch.linalg.cholesky_ex(gram)
-        gram.diagonal().copy_(diagonal)
+        torch.linalg.cholesky_ex(gram, out=(gram, info))
         if not info:
-            return factor, strength, raised
-        strength = max(10 * strength, floor)
+            return gram, strength, raised
+        strength, gram = max(10 * strength, floor), again()
     return None, strength, RETRIES
 
 
-def _condition(gram: Tensor, strength: float, factor: Tensor, steps: int = 30) -> float:
-    """Largest over smallest eigenvalue of G + λI by power and inverse iteration: products, not a decomposition."""
-    start = torch.ones(len(gram), 1, dtype=gram.dtype, device=gram.device)
-    start += torch.arange(len(gram), device=gram.device).unsqueeze(1) / len(gram)
-    largest, smallest = start, start
+def _solve_by(factor: Tensor, right: Tensor) -> Tensor:
+    """(L Lᵀ)⁻¹ right, in its place: `torch.cholesky_solve` copies both."""
+    torch.linalg.solve_triangular(factor, right, upper=False, out=right)
+    return torch.linalg.solve_triangular(factor.T, right, upper=True, out=right)
+
+
+def _condition(factor: Tensor, steps: int = 30) -> float:
+    """Largest over smallest eigenvalue of L Lᵀ by power and inverse iteration: products, not a decomposition."""
+    start = torch.ones(len(factor), 1, dtype=factor.dtype, device=factor.device)
+    start += torch.arange(len(factor), device=factor.device).unsqueeze(1) / len(factor)
+    largest, smallest = start, start.clone()
     for _ in range(steps):
-        largest = gram @ largest + strength * largest
-        smallest = torch.cholesky_solve(smallest, factor)
+        largest, smallest = factor @ (factor.T @ largest), _solve_by(factor, smallest)
         top, bottom = largest.norm(), smallest.norm()
         largest, smallest = largest / top, smallest / bottom
     return float(top * bottom)

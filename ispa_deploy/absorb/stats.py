@@ -179,13 +179,17 @@ class Statistics:
         return error
 
     def projected_cross(self) -> Tensor:
-        """H W, (I, O) float64: made once, solve and certificate both ask for it."""
+        """H W, (I, O) float64, columns contiguous: made once, solve and certificate both ask for it."""
         if self._projected is None:
-            self._projected = self.cross.double() @ self.weight.to(self.cross.device).double().T
+            weight, cross = self.weight.to(self.cross.device).double(), self.cross
+            made = torch.empty_like(weight)
+            for rows in _slices(len(cross)):
+                torch.mm(cross[rows].double(), weight.T, out=made.T[rows])
+            self._projected = made.T
         return self._projected
 
 
-def _slices(rows: int, step: int = 512) -> list[slice]:
+def _slices(rows: int, step: int = 256) -> list[slice]:
     """Rows in parts: of a wide layer no second float64 copy is made of what is only summed over."""
     return [slice(first, first + step) for first in range(0, rows, step)]
 
