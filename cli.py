@@ -152,16 +152,18 @@ def run(
     if machine.offload:
         options = replace(options, stats_device=options.stats_device or "cpu", offload=True)
     opened = _accompanied(_open(bundle, machine, prompts.prompt_embeds), networks, machine.offload)
-    if files.audio is not None and files.out is None and not opened.spec.audio_blocks:
-        raise InputError(f"--audio '{files.audio}' without a video: name one with --out VIDEO.mp4, or leave it out")
+    sounds = tuple(files.audio or ())
+    if sounds and files.out is None and not opened.spec.audio_blocks:
+        raise InputError(f"--audio '{sounds[0]}' without a video: name one with --out VIDEO.mp4, or leave it out")
     sheet = files.out.with_suffix(".png") if files.sheet is None and files.out is not None else files.sheet
-    outputs = Outputs(files.out, sheet, files.latents, opened.pixel_scale, prompts.prompt, files.audio)
+    outputs = Outputs(files.out, sheet, files.latents, opened.pixel_scale, prompts.prompt, sounds)
     image = None if opened.spec.audio_blocks else scene.image
     if image is not None:
         options = with_still(options)
     given = read_scene(
-        opened, options, image=None if image else scene.image, audio=files.audio, audio_encoder=scene.audio_encoder
-    )
+        opened, options, image=None if image else scene.image, audio=sounds, audio_encoder=scene.audio_encoder,
+        masks=scene.speaker_mask or (), pose=scene.pose,
+    )  # fmt: skip
     document = _run(opened, prompts, given, options, outputs, files, machine, image)
     emit(document, json_only, stats, lambda: print_run(document))
     if not document["complete"]:

@@ -8,6 +8,7 @@ torch's format from before 1.6 cannot be mapped and are held in memory.
 from __future__ import annotations
 
 import json
+import mmap
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from export.keymaps import undone
 from export.manifest import MANIFEST, Source, combined, file_digest
-from export.tensors import reading
+from export.tensors import mapped, mapped_tensors, view
 from ispa_deploy.errors import InputError
 
 # In order of preference: the averaged weights are the ones to run.
@@ -69,20 +70,36 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def read_container(path: Path) -> Any:
     """Tensors by name, or what a torch pickle of plain tensors holds, mapped where the format allows it."""
     if path.suffix == ".safetensors":
-        with reading(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        return mapped_tensors(path)
     if path.suffix not in PICKLE_SUFFIXES:
         raise InputError(f"source '{path}': expected .safetensors or {', '.join(PICKLE_SUFFIXES)}")
     if not path.is_file():
         raise InputError(f"'{path}' does not exist or is no file: expected a torch file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if not zipfile.is_zipfile(path):
+            return torch.load(path, map_location="cpu", weights_only=True)
+        # Nothing but names, shapes and places; torch's own mapping refuses a file larger than the memory.
+        return _filled(torch.load(path, map_location="meta", weights_only=True), mapped(path))
     except UnpicklingError as error:
         what = "holds objects that could run code" if "global" in str(error).lower() else "is not a whole torch file"
         raise InputError(f"'{path}' {what}: expected plain tensors only; save its state dict as safetensors") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"'{path}' is not a whole torch file ({reason:.120}): copy it again") from None
+
+
+def _filled(held: Any, memory: mmap.mmap) -> Any:
+    """What a torch file holds, each tensor on the meta device replaced by its numbers in the mapped file."""
+    if isinstance(held, Mapping):
+        return {name: _filled(value, memory) for name, value in held.items()}
+    if isinstance(held, (list, tuple)):
+        return [_filled(value, memory) for value in held]
+    if not isinstance(held, Tensor):
+        return held
+    storage: Any = held.untyped_storage()
+    count = storage.nbytes() // held.dtype.itemsize
+    numbers = view(memory, held.dtype, count, storage._checkpoint_offset if count else 0)
+    return numbers.as_strided(held.shape, held.stride(), held.storage_offset())
 
 
 def tensors_only(state: Any, where: str, expected: str) -> Mapping[str, Tensor]:

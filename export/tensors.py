@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,11 @@ Shape = tuple[int, ...]
 CODES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
+# What checkpoints also hold, if only to be told that it is not wanted.
+_STORED = {code: dtype for dtype, code in CODES.items()} | {
+    "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "BOOL": torch.bool,
+    "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 ALIGNMENT = 64
 FLOATS = ("F32", "BF16", "F16")
@@ -85,7 +92,7 @@ def _raw(name: str, entry: Entry) -> Any:
 
 
 @contextmanager
-def reading(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
+def reading(path: Path, device: torch.device | str = "cpu", framework: str = "pt") -> Iterator[Any]:
     """A safetensors file, open; InputError naming it when it is missing, damaged, or something else in disguise."""
     if not path.is_file():
         raise InputError(f"'{path}' does not exist or is no file: expected a safetensors file")
@@ -93,11 +100,45 @@ def reading(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
         if raw.read(4).startswith(_PICKLES):
             raise InputError(f"'{path}' is a pickle, which may carry code: expected a safetensors file; convert it")
     try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
+        with safe_open(str(path), framework=framework, device=str(device)) as file:
             yield file
     except SafetensorError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"'{path}' is not a whole safetensors file ({reason}): copy or write it again") from None
+
+
+def mapped_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, which may be larger than the machine's memory; errors as `reading`."""
+    with reading(path, framework="numpy") as file:  # checks the header; "pt" would map the file as well
+        found = listing(file)
+    with path.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(length))
+    strange = [f"{name} as {code}" for name, (code, _) in sorted(found.items()) if code not in _STORED]
+    if strange:
+        raise InputError(f"'{path}' holds {strange[0]}: expected one of {', '.join(sorted(_STORED))}")
+    memory = mapped(path)
+    return {
+        name: view(memory, _STORED[code], torch.Size(shape).numel(), 8 + length + header[name]["data_offsets"][0])
+        .view(shape)
+        for name, (code, shape) in found.items()
+    }  # fmt: skip
+
+
+def mapped(path: Path) -> mmap.mmap:
+    """A whole file, read where it is looked at; a page that is written to is a copy, and the file stays as it is."""
+    with path.open("rb") as file:
+        if sys.platform != "linux":
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        # The kernel sets memory aside for pages that could be copied, and refuses more than it has: torch's own mapping
+        # and the safetensors library's end there for a file larger than the memory.
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)  # named from Python 3.13 on
+        return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def view(memory: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> Tensor:
+    """`count` numbers from byte `offset` on; ValueError where the file is shorter."""
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
 
 
 def listing(file: Any) -> dict[str, tuple[str, Shape]]:

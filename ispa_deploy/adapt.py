@@ -47,9 +47,9 @@ def check_length(spec: ModelSpec, frames: int) -> None:
             "or let its window roll with --roll --sink 1"
         )
     if spec.rope == "absolute" and frames > spec.max_frames:
+        endless = "" if spec.audio_blocks else ", or rotate keys by their slot in the window with --infinity"
         raise InputError(
-            f"{frames} frames: '{spec.name}' has {spec.max_frames} absolute positions; ask for fewer --frames, or "
-            "rotate keys by their slot in the window with --infinity"
+            f"{frames} frames: '{spec.name}' has {spec.max_frames} absolute positions; ask for fewer --frames{endless}"
         )
 
 

@@ -184,6 +184,12 @@ class SceneFlags:
         Path | None, typer.Option(help="First frame (with --vae); speech to video: whom to bring to life.")
     ] = None
     audio_encoder: Annotated[Path | None, typer.Option(help="wav2vec2's HF folder, or the base model's folder.")] = None
+    speaker_mask: Annotated[
+        list[Path] | None, typer.Option(help="Picture, white where a speaker is; one for each --audio, in its order.")
+    ] = None
+    pose: Annotated[
+        Path | None, typer.Option(help="Video of poses to follow, or its latents (.safetensors), one for each frame.")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,10 @@ class FileFlags:
     save_deltas: Annotated[Path | None, typer.Option(help="Write the stream's deltas here (.safetensors).")] = None
     deltas: Annotated[Path | None, typer.Option(help="Start with stored deltas, without a warm-up.")] = None
     out: Annotated[Path | None, typer.Option(help="Video (.mp4).")] = None
-    audio: Annotated[Path | None, typer.Option(help="Sound of the video, cut where it ends (.wav or another).")] = None
+    audio: Annotated[
+        list[Path] | None,
+        typer.Option(help="Sound of the video, cut where it ends (.wav or another); of several speakers: repeatable."),
+    ] = None
     sheet: Annotated[Path | None, typer.Option(help="Contact sheet (.png); default: beside the video.")] = None
     latents: Annotated[Path | None, typer.Option(help="Latents (.safetensors).")] = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,15 @@ from ispa_deploy.stream import Chunk, Stream
 
 @dataclass(frozen=True)
 class Outputs:
-    """Files to write; None: not wanted. `scale` enlarges tiny videos by whole pixels. `audio` is read: its sound goes
-    into the video."""
+    """Files to write; None: not wanted. `scale` enlarges tiny videos by whole pixels. `audio` files are read: their
+    sound, mixed, goes into the video."""
 
     video: Path | None = None
     sheet: Path | None = None
     latents: Path | None = None
     scale: int = 1
     label: str = ""
-    audio: Path | None = None
+    audio: Sequence[Path] = ()
 
     def check(self, decodes: bool) -> None:
         """InputError for a file that could not be written, before any work is done."""

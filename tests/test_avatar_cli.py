@@ -22,11 +22,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from cli import app
+from export.companions import open_vae
+from export.scenes import posed
 from ispa_deploy.avatar.model import CausalS2V
 from ispa_deploy.errors import InputError, RunError
 from ispa_deploy.media.audio import read_audio
-from ispa_deploy.media.image import read_image
-from ispa_deploy.media.video import read_video
+from ispa_deploy.media.image import covering, read_image
+from ispa_deploy.media.video import VideoWriter, read_video
 from ispa_deploy.sampler import Sampler
 from ispa_deploy.specs import SPECS
 from tests.test_media_audio import LAYERS, WIDTH, tiny_wav2vec2, tone, write_wav
@@ -172,6 +174,28 @@ def test_sound_and_image_become_a_talking_video(bundle: Path, given: tuple[objec
     assert load_file(kept)["latents"].shape == (1, FRAMES, 16, 8, 12)
 
 
+def without(given: tuple[object, ...], flag: str) -> tuple[object, ...]:
+    """Flags without one of them and its value."""
+    at = given.index(flag)
+    return (*given[:at], *given[at + 2 :])
+
+
+def pose_video(folder: Path, pictures: int) -> Path:
+    """Noise that moves, at the model's own rate and another size than its own."""
+    with VideoWriter(folder / "pose.mp4", fps=TINY.fps) as writer:
+        writer.write(torch.rand(pictures, 3, 48, 64, generator=torch.Generator().manual_seed(0)))
+    return folder / "pose.mp4"
+
+
+def half_masks(folder: Path) -> list[Path]:
+    """A picture that is white on its left, and one that is white on its right."""
+    made = []
+    for name, row in (("left", b"\xff" * 6 + b"\0" * 6), ("right", b"\0" * 6 + b"\xff" * 6)):
+        made.append(folder / f"{name}.pgm")
+        made[-1].write_bytes(b"P5 12 8 255\n" + row * 8)
+    return made
+
+
 SHORT = ("--policy", "full", "--frames", 15)
 
 
@@ -182,7 +206,7 @@ def usual(bundle: Path, given: tuple[object, ...]) -> Tensor:
     return load_file(bundle.parent / "usual.safetensors")["latents"]
 
 
-@pytest.mark.parametrize("change", ["nothing", "offload", "image", "audio", "table"])
+@pytest.mark.parametrize("change", ["nothing", "offload", "image", "audio", "table", "pose"])
 def test_everything_that_is_given_matters(
     bundle: Path, given: tuple[object, ...], usual: Tensor, change: str, tmp_path: Path
 ) -> None:
@@ -193,11 +217,70 @@ def test_everything_that_is_given_matters(
         "image": ("--image", tmp_path / "black.ppm"),
         "audio": ("--audio", write_wav(tmp_path / "low.wav", tone(2.0, 16000, 110.0), 16000)),
         "table": ("--rope-table", "fp16"),
+        "pose": ("--pose", pose_video(tmp_path, 20)),
     }
-    document("run", bundle, *given, *SHORT, *changes[change], "--latents", tmp_path / "l.safetensors")
+    kept = without(given, "--audio") if change == "audio" else given  # a second one would be another speaker
+    document("run", bundle, *kept, *SHORT, *changes[change], "--latents", tmp_path / "l.safetensors")
     latents = load_file(tmp_path / "l.safetensors")["latents"]
     assert torch.equal(latents, usual) == (change in ("nothing", "offload"))
     assert torch.allclose(latents, usual, atol=2e-2) or change != "table"  # a matter of rounding
+
+
+def test_two_speakers_are_heard_where_their_masks_are(bundle: Path, given: tuple[object, ...], tmp_path: Path) -> None:
+    home = bundle.parent
+    low = write_wav(tmp_path / "low.wav", tone(2.0, 16000, 110.0), 16000)
+    left, right = half_masks(tmp_path)
+
+    def said(*speakers: tuple[Path, Path]) -> Tensor:
+        flags = [flag for audio, mask in speakers for flag in ("--audio", audio, "--speaker-mask", mask)]
+        alone = ("--policy", "full", "--frames", 3)
+        document("run", bundle, *without(given, "--audio"), *alone, *flags, "--latents", tmp_path / "l.safetensors")
+        return load_file(tmp_path / "l.safetensors")["latents"]
+
+    voice = home / "voice.wav"
+    both = said((voice, left), (low, right))
+    torch.testing.assert_close(said((low, right), (voice, left)), both, atol=1e-3, rtol=1e-3)
+    for other in (said((voice, right), (low, left)), said((voice, left))):
+        assert float((other - both).abs().max()) > 1e-2
+
+
+def test_a_pose_is_encoded_clip_by_clip_and_ends_in_none(base: Path, tmp_path: Path) -> None:
+    spec = replace(TINY, window_frames=3)
+    vae = open_vae(base, spec, torch.device("cpu"))
+    latents = posed(pose_video(tmp_path, 22), vae, spec, 9)
+    assert latents.shape == (1, 9, *spec.latent_shape)
+    assert not latents[:, 5:].any(), "20 of 22 pictures are five latent frames"
+    assert bool(latents[:, :5].flatten(2).abs().amax(2).all())
+    pictures = torch.from_numpy(read_video(tmp_path / "pose.mp4")[0]).permute(0, 3, 1, 2).float() / 255
+    pixels = covering(pictures, 64, 96)
+    torch.testing.assert_close(latents[:, 3:5], vae.encode(pixels[[12, *range(12, 20)]][None])[:, 1:])
+    save_file({"latents": latents}, tmp_path / "p.safetensors")
+    torch.testing.assert_close(posed(tmp_path / "p.safetensors", vae, spec, 3), latents[:, :3])
+    assert posed(tmp_path / "p.safetensors", vae, spec, 12).shape[1] == 12
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--audio", "{home}/voice.wav"), "2 of --audio and 0 of --speaker-mask"),
+        (("--speaker-mask", "{left}", "--speaker-mask", "{left}"), "1 of --audio and 2 of --speaker-mask"),
+        (("--speaker-mask", "{black}"), "black.pgm' is black"),
+        (("--speaker-mask", "nowhere.png"), "image 'nowhere.png' cannot be read"),
+        (("--audio", "nowhere.wav", "--speaker-mask", "{left}", "--speaker-mask", "{left}"), "'nowhere.wav' cannot"),
+        (("--pose", "nowhere.mp4"), "--pose 'nowhere.mp4' does not exist"),
+        (("--pose", "{left}"), "has 1 pictures: expected at least 4"),
+        (("--pose", "{home}/rows.safetensors"), "expected a tensor named 'latents'"),
+    ],
+)
+def test_a_speaker_or_a_pose_that_does_not_fit_is_one_line(
+    bundle: Path, given: tuple[object, ...], flags: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "black.pgm").write_bytes(b"P5 2 2 255\n" + bytes(4))
+    names = {"home": bundle.parent, "left": half_masks(tmp_path)[0], "black": tmp_path / "black.pgm"}
+    done = invoke("run", bundle, *given, *(flag.format(**names) for flag in flags), "--latents", "m.safetensors")
+    assert isinstance(done.exception, InputError)
+    assert said in str(done.exception)
+    assert "\n" not in str(done.exception)
 
 
 def test_a_moved_sink_is_watched_from_where_it_moves(bundle: Path, given: tuple[object, ...], usual: Tensor) -> None:
@@ -217,13 +300,12 @@ def test_a_moved_sink_is_watched_from_where_it_moves(bundle: Path, given: tuple[
 
 
 @pytest.mark.parametrize(
-    ("without", "said"),
+    ("flag", "said"),
     [("--image", "missing: --image"), ("--audio", "missing: --audio"), ("--vae", "missing: --vae"),
      ("--audio-encoder", "missing: --audio-encoder")],
 )  # fmt: skip
-def test_what_is_missing_is_named(bundle: Path, given: tuple[object, ...], without: str, said: str) -> None:
-    at = given.index(without)
-    done = invoke("run", bundle, *given[:at], *given[at + 2 :], "--latents", bundle.parent / "m.safetensors")
+def test_what_is_missing_is_named(bundle: Path, given: tuple[object, ...], flag: str, said: str) -> None:
+    done = invoke("run", bundle, *without(given, flag), "--latents", bundle.parent / "m.safetensors")
     assert isinstance(done.exception, InputError)
     assert said in str(done.exception)
 
@@ -273,6 +355,7 @@ def test_a_checkpoint_that_does_not_fit_is_told_by_its_tensors(
     ("flags", "said"),
     [
         (("--frames", 20), "20 frames: expected 3 plus a multiple of 3"),
+        (("--frames", 45_003), "45000 absolute positions; ask for fewer --frames"),
         (("--height", 100), "--height 100: expected a multiple of 16 pixels; nearest is 96"),
         (("--ratio", 1.5), "ratio 1.5"),
         (("--warmup", 6), "warm-up of 6"),
@@ -288,6 +371,7 @@ def test_a_bad_number_is_one_line(
     assert isinstance(done.exception, InputError)
     assert said in str(done.exception)
     assert "\n" not in str(done.exception)
+    assert "--infinity" not in str(done.exception), "it is refused here"
     assert not list(tmp_path.iterdir())
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from export import keymaps, load_source
+from export.checkpoints import read_container
 from export.keymaps import from_diffusers
 from export.sources import initialise_
 from ispa_deploy.errors import InputError
@@ -157,6 +158,38 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     save_file({"model.head.head.bias": torch.zeros(1)}, folder / "more.safetensors")
     with pytest.raises(InputError, match=r"holds head\.head\.bias in two of its 4 files"):
         load_source(folder, model=SPEC)
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads /proc")
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path: Path) -> None:
+    """A hole in the file takes no disk; the kernel would refuse a plain private mapping of it."""
+    memory = 1024 * sum(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()
+                        if line.startswith(("MemTotal", "SwapTotal")))  # fmt: skip
+    size = 2 * memory // 4
+    entry = {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}
+    header = json.dumps({"huge": entry, "one": {**entry, "shape": [], "data_offsets": [4 * size, 4 * size + 4]}})
+    with (tmp_path / "a.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(8 + len(header) + 4 * size)
+        file.seek(0, 2)
+        file.write(torch.tensor(3.0).numpy().tobytes())
+    found = read_container(tmp_path / "a.safetensors")
+    assert (found["huge"].shape, float(found["huge"][size // 2]), float(found["one"])) == ((size,), 0.0, 3.0)
+    found["one"].zero_()
+    assert float(read_container(tmp_path / "a.safetensors")["one"]) == 3.0, "what is written stays out of the file"
+
+
+def test_a_torch_file_keeps_views_containers_and_dtypes(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    held = {"a": whole, "turned": whole.t()[1:], "b": torch.nn.Parameter(torch.ones(2).half()),
+            "none": torch.zeros(0, 3), "in": [{"c": torch.tensor(True)}, (torch.tensor(4, dtype=torch.int64),)],
+            "step": 3}  # fmt: skip
+    torch.save(held, tmp_path / "a.pt")
+    found = read_container(tmp_path / "a.pt")
+    assert torch.equal(found["a"], whole)
+    assert torch.equal(found["turned"], whole.t()[1:])
+    assert (found["b"].dtype, found["b"].tolist(), found["none"].shape) == (torch.float16, [1.0, 1.0], (0, 3))
+    assert (bool(found["in"][0]["c"]), int(found["in"][1][0]), found["step"]) == (True, 4, 3)
 
 
 def test_a_folder_of_pickles_alone_names_them(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_what_is_no_sound_is_refused(tmp_path: Path, content: bytes | None, part
     path = tmp_path / "a.wav"
     if content is not None:
         path.write_bytes(content)
-    for reader in (read_audio, lambda path: VideoWriter(tmp_path / "v.mp4", fps=8, audio=path)):
+    for reader in (read_audio, lambda path: VideoWriter(tmp_path / "v.mp4", fps=8, audio=[path])):
         with pytest.raises(InputError) as error:
             reader(path)
         assert str(path) in str(error.value)
@@ -197,7 +197,7 @@ def test_the_sound_lies_beside_the_pictures_and_ends_with_them(
     sound = 0.5 * tone(seconds, rate)
     path = write_wav(tmp_path / "a.wav", np.stack([sound] * channels, 1), rate)
     frames, fps = 33, 16
-    with VideoWriter(tmp_path / "v.mp4", fps=fps, audio=path) as writer:
+    with VideoWriter(tmp_path / "v.mp4", fps=fps, audio=[path]) as writer:
         for _ in range(frames):
             writer.write(torch.rand(1, 3, 32, 32))
     pictures, found = read_video(tmp_path / "v.mp4")
@@ -209,9 +209,22 @@ def test_the_sound_lies_beside_the_pictures_and_ends_with_them(
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
 
 
+def test_several_sounds_are_mixed_and_each_ends_in_its_time(tmp_path: Path) -> None:
+    low = write_wav(tmp_path / "low.wav", 0.4 * tone(1.0, 16000, 220.0), 16000)
+    high = write_wav(tmp_path / "high.wav", np.stack([0.4 * tone(2.0, 22050, 880.0)] * 2, 1), 22050)
+    with VideoWriter(tmp_path / "v.mp4", fps=16, audio=[low, high]) as writer:
+        writer.write(torch.rand(32, 3, 32, 32))
+    heard = read_audio(tmp_path / "v.mp4").numpy()
+    assert 0 <= len(heard) - 32000 < 1500
+    both, alone = heard[1000:15000], heard[18000:31000]
+    first, second = tone(2.0, 16000, 220.0), tone(2.0, 16000, 880.0)
+    assert similarity(both, (first + second)[1000:15000]) > 0.99
+    assert similarity(alone, second[18000:31000]) > 0.99
+
+
 def test_a_broken_run_lets_go_of_the_sound(tmp_path: Path) -> None:
     path = write_wav(tmp_path / "a.wav", tone(1.0, 16000), 16000)
-    writer = VideoWriter(tmp_path / "v.mp4", fps=8, audio=path)
+    writer = VideoWriter(tmp_path / "v.mp4", fps=8, audio=[path])
     writer.write(torch.zeros(2, 3, 16, 16))
     writer.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.wav"]

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -159,10 +161,51 @@ def _quiet(log: Any) -> Iterator[None]:
 
 
 class AudioTrack:
-    """The sound that goes beside a video's pictures, decoded as far as the pictures have come."""
+    """The sound that goes beside a video's pictures, decoded as far as the pictures have come; several are mixed."""
 
-    def __init__(self, path: str | Path) -> None:
-        """InputError when `path` is not readable, or holds no sound."""
+    def __init__(self, *paths: Path) -> None:
+        """InputError when a file is not readable, or holds no sound."""
+        self._sources: list[_Source] = []
+        try:
+            for path in paths:
+                self._sources.append(_Source(path))
+        except InputError:
+            self.close()
+            raise
+        first = self._sources[0].rate
+        self.rate = first if first in AAC_RATES else 48_000
+        self.layout = "mono" if all(source.channels == 1 for source in self._sources) else "stereo"
+        for source in self._sources:
+            source.start(self.rate)
+        self._given = 0
+
+    def until(self, seconds: float) -> av.AudioFrame | None:
+        """The samples from where the last call ended to `seconds` after the start; None when there are none."""
+        import av
+
+        wanted = int(seconds * self.rate) - self._given
+        heard = [part for source in self._sources if (part := source.take(wanted)) is not None]
+        if not heard:
+            return None
+        # Rows are added here: libraries make mono softer on its way to stereo.
+        mixed = np.zeros((1 if self.layout == "mono" else 2, max(part.shape[1] for part in heard)), np.float32)
+        for part in heard:
+            mixed[:, : part.shape[1]] += part
+        frame = av.AudioFrame.from_ndarray(np.clip(mixed, -1, 1), format="fltp", layout=self.layout)
+        frame.sample_rate, frame.pts, frame.time_base = self.rate, self._given, Fraction(1, self.rate)
+        self._given += mixed.shape[1]
+        return frame
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for source in self._sources:
+            source.close()
+
+
+class _Source:
+    """One sound file on its way into a track."""
+
+    def __init__(self, path: Path) -> None:
         import av
 
         try:
@@ -170,30 +213,28 @@ class AudioTrack:
             self._stream = self._container.streams.audio[0]
         except (av.FFmpegError, OSError, IndexError, UnicodeError) as error:
             raise _unreadable(path, error) from None
-        self.rate = self._stream.rate if self._stream.rate in AAC_RATES else 48_000
-        self.layout = "mono" if self._stream.layout.nb_channels == 1 else "stereo"
+        self.rate, self.channels = self._stream.rate, self._stream.layout.nb_channels
         self._fifo = av.AudioFifo()
-        self._frames, self._given = self._decoded(), 0
 
-    def until(self, seconds: float) -> av.AudioFrame | None:
-        """The samples from where the last call ended to `seconds` after the start; None when there are none."""
-        wanted = int(seconds * self.rate) - self._given
+    def start(self, rate: int) -> None:
+        """What `take` gives is resampled to this."""
+        self._frames = self._decoded(rate)
+
+    def take(self, wanted: int) -> NDArray[np.float32] | None:
+        """The next samples, one row for mono and two for more, at most `wanted`; None when there are none."""
         while self._fifo.samples < wanted and (frame := next(self._frames, None)) is not None:
             self._fifo.write(frame)
         count = min(wanted, self._fifo.samples)
-        if count <= 0:
-            return None
-        self._given += count
-        return self._fifo.read(count)
+        read = self._fifo.read(count) if count > 0 else None
+        return None if read is None else read.to_ndarray().astype(np.float32, copy=False)
 
     def close(self) -> None:
-        """Let go of the file."""
         self._container.close()
 
-    def _decoded(self) -> Iterator[av.AudioFrame]:
+    def _decoded(self, rate: int) -> Iterator[av.AudioFrame]:
         import av
 
-        resampler = av.AudioResampler(format="fltp", layout=self.layout, rate=self.rate)
+        resampler = av.AudioResampler(format="fltp", layout="mono" if self.channels == 1 else "stereo", rate=rate)
         for frame in self._container.decode(self._stream):
             yield from resampler.resample(frame)
         yield from resampler.resample(None)

@@ -25,9 +25,14 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
     except (av.FFmpegError, OSError, IndexError, StopIteration, UnicodeError) as error:
         reason = str(error).partition("\n")[0] or "it has no picture"
         raise InputError(f"image '{path}' cannot be read ({reason}): expected a picture, for example .png") from None
-    pixels = picture.permute(2, 0, 1).float() / 255
-    scale = max(height / pixels.shape[1], width / pixels.shape[2])
-    size = [max(least, round(side * scale)) for least, side in zip((height, width), pixels.shape[1:], strict=True)]
-    large = F.interpolate(pixels[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    return covering(picture.permute(2, 0, 1)[None].float() / 255, height, width)[0]
+
+
+def covering(pictures: Tensor, height: int, width: int) -> Tensor:
+    """Pictures (F, 3, h, w) in [0, 1] as (F, 3, height, width): scaled until they cover it, cut around the centre."""
+    sides = pictures.shape[2:]
+    scale = max(height / sides[0], width / sides[1])
+    size = [max(least, round(side * scale)) for least, side in zip((height, width), sides, strict=True)]
+    large = F.interpolate(pictures, size=size, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return large[:, top : top + height, left : left + width].contiguous()
+    return large[:, :, top : top + height, left : left + width].contiguous()

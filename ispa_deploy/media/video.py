@@ -7,7 +7,7 @@ colour per 2x2 pixels, so an odd width or height gains one repeated column or ro
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -46,11 +46,11 @@ class VideoWriter:
     """
 
     def __init__(
-        self, path: str | Path, *, fps: int | float, scale: int = 1, audio: str | Path | None = None
+        self, path: str | Path, *, fps: int | float, scale: int = 1, audio: Sequence[Path] = ()
     ) -> None:
         """`fps` frames per second; `scale` repeats each pixel that many times in both directions.
 
-        `audio`: a sound file to go with it, cut where the pictures end.
+        `audio`: sound files to go with it, mixed, cut where the pictures end.
 
         InputError: not an `.mp4` name, its folder is missing or not writable, `fps` or `scale` not positive, no sound
         in `audio`.
@@ -67,7 +67,7 @@ class VideoWriter:
         self._size: list[int] = []
         self._container: OutputContainer | None = None
         self._stream: VideoStream | None = None
-        self._track = AudioTrack(audio) if audio is not None else None
+        self._track = AudioTrack(*audio) if audio else None
         self._sound: AudioStream | None = None
         self._closed = False
 
