@@ -209,6 +209,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.lora and arguments.model not in LORA_RANK:
         parser.error(f"--lora: expected one of {', '.join(LORA_RANK)}, whose adapters are published")
     command = f"python -m tests.bench.conversion --model {arguments.model}{' --lora' if arguments.lora else ''}"
+    if arguments.containers != list(CONTAINERS):
+        command += f" --containers {' '.join(arguments.containers)}"
     document: dict[str, Any] = {
         "schema_version": 1, "command": command, "env": environment(torch.device("cpu")), "model": arguments.model,
         "within": True, "cases": [],
