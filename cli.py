@@ -446,7 +446,7 @@ def _run(
     from ispa_deploy.media.output import output_path
     from ispa_deploy.prompts import LivePrompts, cues, plan_prompts, read_prompts
     from ispa_deploy.run import run_stream, stop_on_interrupt
-    from quant.audit import assert_ran, audit
+    from quant.audit import assert_ran, audit, slow_kernels
 
     save_deltas = files.save_deltas
     if save_deltas is not None:
@@ -467,6 +467,8 @@ def _run(
         check_deltas_to_come(stream)
     for cue in planned[1:]:
         say(cue.line(len(stream.chunks)))
+    for line in slow_kernels(bundle.model):
+        say(f"note: {line}")
     live = LivePrompts(sys.stdin.fileno(), bundle.text_rows, say) if prompts.live else None
     launched = _launched(stream, machine)
     with stop_on_interrupt() as stop, progress_bar() as show:

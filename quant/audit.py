@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ispa_deploy.errors import RunError
+from quant.kernels import describe, slowness
 from quant.linear import QuantisedLinear
 
 _DTYPES = {torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn"}
@@ -69,6 +70,17 @@ def assert_ran(model: nn.Module, quantised: tuple[str, ...] = (), *, allow_fallb
     if found and not allow_fallback:
         raise RunError(f"{'; '.join(found)}; allow the fallback or use the scheme none")
     return found
+
+
+def slow_kernels(model: nn.Module) -> list[str]:
+    """One line for each kind of prepared 8-bit layers whose kernel is far slower than floating point on its device."""
+    lines: dict[str, None] = {}
+    for layer in model.modules():
+        if isinstance(layer, QuantisedLinear) and layer.kernel is not None and layer.exact:
+            device = str(layer.weight_scale.device)
+            if slowness(layer.kernel, device) is not None:
+                lines[f"{layer.family} linears: {describe(device, layer.family)}"] = None
+    return list(lines)
 
 
 def _some(names: list[str]) -> str:

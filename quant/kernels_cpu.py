@@ -1,4 +1,7 @@
-"""int8 products on the CPU: oneDNN with unsigned activations, PyTorch's `_int_mm`, and a floating-point stand-in.
+"""int8 products on the CPU: oneDNN with unsigned activations, a C kernel for AVX2, PyTorch's `_int_mm`, and a stand-in.
+
+Without VNNI instructions oneDNN's sums saturate, so it is refused; the C kernel takes its place, exact and about 1.5
+times as fast as float32. `_int_mm`, left where there is no C compiler, is then many times slower than float32.
 
 oneDNN is fast only with uint8 activations (zero point 128): signed ones fall to its reference loop, thousands of times
 slower. It scales by columns inside the product; the row scale and the bias need a pass of their own, which like the
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ispa_deploy.native import elementwise
+from ispa_deploy.native import elementwise, linear_int8
 from ispa_deploy.passes import Norm
 from ispa_deploy.regions import region
 from quant.kernels_stored import BaseKernel
@@ -250,6 +253,23 @@ class _OneDnnStatic(_OneDnn):
         return y.to(dtype)
 
 
+class _Avx2(_CpuKernel):
+    """The C kernel: scales and bias within the product, its own packed form, which unpacks exactly."""
+
+    def pack(self, codes: Tensor) -> Tensor:
+        return linear_int8.pack(codes)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        return linear_int8.unpack(packed)
+
+    def multiply(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        narrow = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        with region("linear.gemm"):
+            return linear_int8.product(codes, packed, scale, column, bias, narrow).to(dtype)
+
+
 class _IntMm(_CpuKernel):
     """`torch._int_mm`: int32 out, both scales in the pass after it."""
 
@@ -276,7 +296,8 @@ class _Simulated(_CpuKernel):
 
 ONEDNN = _OneDnn("int8 onednn u8s8", activations="uint8")
 ONEDNN_STATIC = _OneDnnStatic("int8 onednn u8s8, static", activations="uint8")
+AVX2 = _Avx2("int8 avx2 s8s8")
 INT_MM = _IntMm("int8 _int_mm s8s8")
 SIMULATED = _Simulated("simulated", exact=False)
-KERNELS = (ONEDNN, INT_MM)
-STATIC_KERNELS = (ONEDNN_STATIC, INT_MM)
+KERNELS = (ONEDNN, AVX2, INT_MM)
+STATIC_KERNELS = (ONEDNN_STATIC, AVX2, INT_MM)

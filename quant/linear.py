@@ -254,6 +254,11 @@ class QuantisedLinear(nn.Module):
         return "not run yet" if self._resident is None else self._resident.entry.kernel.name
 
     @property
+    def kernel(self) -> Kernel | None:
+        """The kernel that the layer's own weight is packed for; None before it is."""
+        return None if self._resident is None else self._resident.entry.kernel
+
+    @property
     def exact(self) -> bool:
         """Whether the kernel multiplies eight bits; False for `simulated` and before the first run."""
         return self._resident is not None and self._resident.entry.kernel.exact

@@ -15,7 +15,7 @@ from ispa_deploy.errors import InputError
 from ispa_deploy.linear import shared_input
 from ispa_deploy.regions import recording
 from quant.kernels import QuantisedRows, refusal, resident_count
-from quant.kernels_cpu import KERNELS, ONEDNN, SIMULATED
+from quant.kernels_cpu import INT_MM, KERNELS, ONEDNN, SIMULATED
 from quant.layers import StaticInt8Linear
 from quant.linear import Int8Linear
 
@@ -272,12 +272,13 @@ def test_regions_are_marked(layer: Int8Linear) -> None:
             seen.append(name)
             return nullcontext()
 
+    layer.prepare(INT_MM)
     layer.set_delta(a_delta(), "side")
     x = torch.randn(4, K)
     silent = layer(x)
     with recording(Names()):  # type: ignore[arg-type]
         assert torch.equal(layer(x), silent)
-    # A kernel that scales columns apart from rows marks both.
+    # A kernel whose product ends in int32 marks the pass that scales it.
     assert list(dict.fromkeys(seen)) == ["linear.quantise", "linear.gemm", "linear.dequantise", "linear.delta"]
 
 

@@ -12,7 +12,7 @@ from ispa_deploy.errors import InputError
 from ispa_deploy.native import elementwise
 from quant import kernels, kernels_cpu
 from quant.kernels import Kernel, kernel_for, refusal
-from quant.kernels_cpu import INT_MM, ONEDNN
+from quant.kernels_cpu import AVX2, INT_MM, ONEDNN
 from quant.primitives import dequantise, int_matmul, quantise_rows, quantise_weight, sqnr_db
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_sqnr_of_a_gaussian_weight_matches_its_arithmetic() -> None:
     assert sqnr_db(weight, torch.zeros_like(weight)) == pytest.approx(0)
 
 
-@pytest.mark.parametrize("kernel", [ONEDNN, INT_MM], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [ONEDNN, AVX2, INT_MM], ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (1, 512, 33), (17, 31, 5), (40, 257, 96), (130, 64, 1)])
 def test_kernel_equals_int64(kernel: Kernel, m: int, k: int, n: int) -> None:
     if (why := refusal(kernel, "cpu")) is not None:

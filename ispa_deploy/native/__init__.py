@@ -1,6 +1,7 @@
 """Kernels in C, compiled on first use where a C compiler is found; never needed.
 
-Passes and attention in bfloat16 want AVX512-BF16 (`MAIN`); 8-bit attention wants AVX512-VNNI or, slower, AVX2 (`INT8`).
+Passes and attention in bfloat16 want AVX512-BF16 (`MAIN`); 8-bit attention wants AVX512-VNNI or, slower, AVX2 (`INT8`);
+8-bit linears on CPUs without VNNI want AVX2 (`LINEAR`).
 `library()` is a loaded library or None, `refusal()` says why it is None. The compiled file is kept in the user's cache
 folder (`XDG_CACHE_HOME`, else `~/.cache`), named after its source and compiler: two seconds once per machine. It
 contains no `-march=native`, so that a cache shared between machines cannot hold instructions one of them lacks; what
@@ -54,6 +55,9 @@ INT8 = {
     "avx2": Build("int8-avx2", *_INT8, ("-mavx2", "-mf16c"), torch.cpu._is_avx2_supported, "AVX2"),
 }
 """The same source for two instruction sets, the faster first."""
+LINEAR = Build(
+    "linear-int8-avx2", ("linear_int8.c",), ("lanes.h",), ("-mavx2", "-mf16c"), torch.cpu._is_avx2_supported, "AVX2"
+)
 
 
 class _Refused(Exception):
