@@ -15,7 +15,18 @@ from torch import Tensor
 
 from export.deltas import StoredDeltas
 from export.manifest import Manifest, file_digest, read_manifest
-from export.tensors import CODES, FLOATS, Shape, aligned, check_finite, check_names, check_shapes, listing, reading
+from export.tensors import (
+    CODES,
+    FLOATS,
+    Shape,
+    aligned,
+    check_finite,
+    check_names,
+    check_shapes,
+    listing,
+    named_tensor,
+    reading,
+)
 from export.write import write_bundle
 from ispa_deploy.adapt import adapted
 from ispa_deploy.advice import memory_errors
@@ -195,11 +206,7 @@ def _state(
 
 def read_prompt_embeds(path: Path, spec: ModelSpec) -> Tensor:
     """(1, text_len, text_dim) float32 from a safetensors file, padded with zeros; InputError naming what is wrong."""
-    with reading(path) as file:
-        found = listing(file)
-        if EMBEDS not in found:
-            raise InputError(f"'{path}' holds {sorted(found)[:3]}: expected a tensor named '{EMBEDS}'")
-        rows = check_finite(file.get_tensor(EMBEDS).float(), EMBEDS, f"'{path}'")
+    rows = named_tensor(path, EMBEDS)
     rows = rows[None] if rows.ndim == 2 else rows
     if rows.ndim != 3 or len(rows) != 1 or rows.shape[1] > spec.text_len or rows.shape[2] != spec.text_dim:
         raise InputError(

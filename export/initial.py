@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from export.bundle import Bundle
-from export.tensors import check_finite, listing, reading
+from export.tensors import named_tensor
 from ispa_deploy.adapt import adapted
 from ispa_deploy.errors import InputError
 from ispa_deploy.media.image import read_image
@@ -64,11 +64,7 @@ def read_still(path: Path, bundle: Bundle, options: StreamOptions) -> Tensor:
 
 def read_latents(path: Path, spec: ModelSpec) -> Tensor:
     """(1, F, C, H, W) float32 from a safetensors file."""
-    with reading(path) as file:
-        found = listing(file)
-        if LATENTS not in found:
-            raise InputError(f"'{path}' holds {sorted(found)[:3]}: expected a tensor named '{LATENTS}'")
-        latents = check_finite(file.get_tensor(LATENTS).float(), LATENTS, f"'{path}'")
+    latents = named_tensor(path, LATENTS)
     if latents.ndim != 5 or len(latents) != 1 or tuple(latents.shape[2:]) != spec.latent_shape:
         wanted = ", ".join(map(str, spec.latent_shape))
         raise InputError(

@@ -107,6 +107,15 @@ def reading(path: Path, device: torch.device | str = "cpu", framework: str = "pt
         raise InputError(f"'{path}' is not a whole safetensors file ({reason}): copy or write it again") from None
 
 
+def named_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, as float32; InputError: no such tensor, values not finite, or as `reading`."""
+    with reading(path) as file:
+        found = listing(file)
+        if name not in found:
+            raise InputError(f"'{path}' holds {sorted(found)[:3]}: expected a tensor named '{name}'")
+        return check_finite(file.get_tensor(name).float(), name, f"'{path}'")
+
+
 def mapped_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, which may be larger than the machine's memory; errors as `reading`."""
     with reading(path, framework="numpy") as file:  # checks the header; "pt" would map the file as well
