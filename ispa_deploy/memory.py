@@ -51,7 +51,7 @@ def setup_of(stream: Stream) -> Setup:
         ratio=absorber.choice.ratio,
         local_layers=None if absorber.choice.layers is None else len(absorber.choice.layers),
         scored=scores,
-        heldout=absorber.settings.holds_out,
+        heldout=absorber.settings.ranking == "heldout",
         warmup=absorber.settings.warmup,
         window=cache.spec.window_frames,
         recent_frames=cache.recent,

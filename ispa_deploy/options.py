@@ -183,8 +183,6 @@ def open_stream(
 
 def _absorber(model: CausalWanDiT, cache: KVCache, policy: Policy, options: StreamOptions) -> Absorber:
     """The stream's absorption: one correction for each layer, or one for each of its denoising steps."""
-    if options.ranking == "effect" and len(cache.spec.layer_costs) != cache.spec.layers:
-        raise InputError(f"--ranking effect with '{cache.spec.name}': its layer costs were not measured, use heldout")
     return (PerStepAbsorber if options.per_step else Absorber)(
         targets=[block.self_attn.o for block in model.layers()],
         cache=cache,

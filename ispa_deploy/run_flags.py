@@ -84,11 +84,8 @@ class AbsorptionFlags:
     recent_frames: Annotated[int, typer.Option(help="Recent frames that local layers also keep.")] = 0
     ridge_absolute: Annotated[float | None, typer.Option(help="λ itself (the paper's 0.001).")] = None
     ridge_relative: Annotated[float | None, typer.Option(help="ρ in λ = ρ · tr(G) / D.")] = None
-    ranking: Annotated[str | None, typer.Option(help="effect, heldout, epsilon or random.")] = None
-    share: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="How much of each solution is applied; default: as the warm-up shows."),
-    ] = None
+    ranking: Annotated[str | None, typer.Option(help="epsilon, heldout or random.")] = None
+    share: Annotated[float | None, typer.Option(min=0, max=1, help="How much of the solution is applied.")] = None
     delta: Annotated[str, typer.Option(help="auto, side, requant or fold.")] = "auto"
     delta_rank: Annotated[str | None, typer.Option(help="Keep R directions of each correction, or auto:SHARE.")] = None
     quantisation_aware: Annotated[

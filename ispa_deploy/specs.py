@@ -38,9 +38,6 @@ class ModelSpec:
     `audio_blocks`: speech to video: the blocks after which audio enters, in the order of the injectors; their `window`
     is a ring for each denoising step, and reference and motion frames are the sink. Empty: text to video.
     `audio_states`, `audio_dim`: hidden states of the speech model and their width; `audio_tokens` for each frame.
-    `layer_costs`: for each layer, relative to each other, what its held-out error costs the next chunk of a typical
-    video (`python -m ispa_deploy.evaluate.costs`); ranking `effect` weighs errors by them. Empty: not measured. They
-    say nothing of a model cut down to fewer layers.
     """
 
     name: str
@@ -82,7 +79,6 @@ class ModelSpec:
     audio_states: int = 25
     audio_dim: int = 1024
     audio_tokens: int = 4
-    layer_costs: tuple[float, ...] = ()
     source: str = ""
     licence: str = ""
 
@@ -202,7 +198,6 @@ _TABLE = (
         name="demo", dim=128, ffn_dim=256, heads=4, layers=10, freq_dim=256, text_dim=32, text_len=8,
         latent_channels=40, latent_height=5, latent_width=5, patch=(1, 1, 1), rope="window", rope_theta=100.0,
         window_frames=12, sink_frames=1, shift=3.0, first_steps=16, fps=8, temporal_stride=1,
-        layer_costs=(0.084, 0.13, 2.4, 0.54, 3.1, 0.93, 0.82, 0.63, 0.68, 0.67),
         source="shipped in the package; trained by `python -m ispa_deploy.demo.train`", licence="Apache-2.0",
     ),
 )  # fmt: skip

@@ -200,8 +200,7 @@ def test_presets_are_the_documented_ones() -> None:
     assert (paper.warmup, paper.ridge, paper.intercept, paper.half_life) == (12, Ridge(absolute=0.001), False, None)
     assert (paper.ranking, paper.all_rows, paper.rows_per_width) == ("epsilon", True, None)
     assert (tuned.warmup, tuned.ridge, tuned.intercept, tuned.half_life) == (12, Ridge(relative=0.01), True, 3.0)
-    assert (tuned.ranking, tuned.all_rows, tuned.share) == ("effect", False, None)
-    assert paper.share == 1
+    assert (tuned.ranking, tuned.all_rows) == ("heldout", False)
 
 
 @pytest.mark.parametrize(("preset", "least"), [("paper", 6), ("tuned", 9)])
@@ -293,47 +292,8 @@ def test_held_out_ranking_fits_early_rows_and_scores_late_ones(tuned_run) -> Non
         late_a, late_e, _ = _stack(seen, layer, [9], halving=True)
         scores.append(float((late_a @ weight + bias - late_e @ matrix).square().sum()))
         assert record.score == pytest.approx(scores[-1], rel=1e-4)
-        told = late_a @ weight + bias
-        share = float((told * (late_e @ matrix)).sum() / told.square().sum())
-        assert record.share == pytest.approx(min(max(share, 0), 1), rel=1e-4)
     best = sorted(range(SPEC.layers), key=scores.__getitem__)[:2]
     assert stream.absorber.local_layers() == sorted(best)
-    assert stream.absorber.settings.ranking == "heldout", "nobody measured what this model's errors cost"
-
-
-def test_ranking_by_effect_weighs_errors_by_what_they_cost() -> None:
-    """A cost that dwarfs the others keeps the layer with the smallest error in full."""
-    plain = tiny_stream(tiny_model(), frames=12)
-    latents_of(plain)
-    scores = [record.score for record in plain.absorber.records]
-    first = min(range(SPEC.layers), key=scores.__getitem__)
-    costs = tuple(1e6 if layer == first else 1.0 for layer in range(SPEC.layers))
-    weighed = tiny_stream(tiny_model(replace(SPEC, layer_costs=costs)), frames=12, ranking="effect")
-    latents_of(weighed)
-    assert [record.score for record in weighed.absorber.records] == scores
-    others = sorted(set(range(SPEC.layers)) - {first}, key=scores.__getitem__)
-    assert weighed.absorber.local_layers() == sorted(others[:2])
-    with pytest.raises(InputError, match="layer costs were not measured"):
-        tiny_stream(tiny_model(), ranking="effect")
-
-
-@pytest.mark.parametrize(("factor", "share"), [(2.0, 1.0), (1.0, 1.0), (0.25, 0.25), (-1.0, 0.0)])
-def test_the_share_that_suits_unseen_rows(factor: float, share: float) -> None:
-    """Of a correction that predicts `factor` times too little or too much of what is seen later."""
-    torch.manual_seed(0)
-    rows, weight = torch.randn(200, 16, dtype=torch.float64), torch.randn(12, 16, dtype=torch.float64)
-    planted, bias = torch.randn(16, 16, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
-    unseen = Statistics(weight, dtype=torch.float64)
-    unseen.update(rows, factor * (rows @ planted + bias))
-    residual, found = unseen.judge(weight @ planted.T, weight @ bias)
-    assert found == pytest.approx(share, abs=1e-12)
-    assert residual == pytest.approx((1 - factor) ** 2 * float(((rows @ planted + bias) @ weight.T).square().sum()))
-
-
-def test_a_measured_share_needs_a_chunk_to_be_measured_on() -> None:
-    settings_for("tuned", ranking="epsilon", share=0.7, warmup=6).check(3, 3)
-    with pytest.raises(InputError, match="share that is measured"):
-        settings_for("tuned", ranking="epsilon", warmup=6).check(3, 3)
 
 
 def test_paper_counts_all_rows_alike_and_ranks_in_sample() -> None:
@@ -428,7 +388,7 @@ def test_corrections_are_rounded_to_what_would_be_stored() -> None:
     latents_of(stream)
     for layer, delta in stream.absorber.deltas.items():
         solution = solved[layer]
-        assert torch.equal(delta.weight, (stream.absorber.records[layer].share * solution.weight).bfloat16())
+        assert torch.equal(delta.weight, (stream.absorber.settings.share * solution.weight).bfloat16())
         assert delta.bias is not None
         assert delta.bias.dtype == torch.float32
 

@@ -225,7 +225,7 @@ def test_the_demo_command_says_one_document(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ((), {"options.ranking": "heldout", "options.ridge.relative": 1e-2, "options.share": None}),
+        ((), {"options.ranking": "heldout", "options.ridge.relative": 1e-2, "options.intercept": True}),
         (("--preset", "paper"), {"options.ridge.absolute": 1e-3, "options.all_rows": True, "options.half_life": None}),
         (("--policy", "full"), {"absorption.policy": "full", "kv.percent": 100, "absorption.state": "full"}),
         (("--policy", "window", "--window", "6"), {"options.window": 6, "absorption.local_layers": []}),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ispa_deploy.absorb.lowrank import Rank, Truncation, truncate
-from ispa_deploy.absorb.presets import EFFECT_POWER, Settings
+from ispa_deploy.absorb.presets import Settings
 from ispa_deploy.absorb.records import Choice, LayerRecord
 from ispa_deploy.absorb.rows import stride_of, thinned
 from ispa_deploy.absorb.solve import solve
@@ -57,8 +57,6 @@ class Absorber:
     def __post_init__(self) -> None:
         spec = self.cache.spec
         self.state = "full"
-        if self.settings.ranking == "effect" and len(spec.layer_costs) != len(self.targets):
-            self.settings = replace(self.settings, ranking="heldout")  # nobody measured what errors cost this model
         self.records = [LayerRecord() for _ in self.targets]
         self.deltas: dict[int, Delta] = {}
         self._early: list[Statistics] = []
@@ -167,7 +165,7 @@ class Absorber:
         weights = [_weight_of(target) for target in self.targets]
         self._early, self._late = (
             [Statistics(weight, dtype=kind, device=self.stats_device) for weight in weights[:count]]
-            for count in (None, None if self.settings.holds_out else 0)
+            for count in (None, None if self.settings.ranking == "heldout" else 0)
         )
         spec, width = self.cache.spec, len(self._early[0].cross)
         rows = (self.settings.warmup - spec.chunk_frames) * self.cache.frame_tokens * spec.passes
@@ -229,8 +227,7 @@ class Absorber:
         return record
 
     def _solve(self, layer: int) -> LayerRecord:
-        """Fit on all rows; the score is the error in sample, or that of a fit to the early rows on the late ones, and
-        that fit also says how much of a solution holds for rows it has not seen."""
+        """Fit on all rows; the score is the error in sample, or that of a fit to the early rows on the late ones."""
         settings, device = self.settings, self.cache.device
         index = layer - len(self.targets) + len(self._early)
         early, late = self._early[index], self._late[index] if self._late else None
@@ -243,13 +240,10 @@ class Absorber:
         score = None if solution.failed else solution.residual
         if solution.weight is not None:  # sums on the host: its fit waits there, the device has room for one at a time
             solution = replace(solution, weight=solution.weight.to(early.gram.device))
-        share = 1.0 if settings.share is None else settings.share
         if late is not None and not solution.failed:
             trial = solve(early.to(device), settings.ridge, intercept=settings.intercept, certified=False)
-            error, best = (None, share) if trial.weight is None else late.to(device).judge(trial.weight, trial.bias)
-            score = error if settings.ranks_held_out else score
-            share = best if settings.share is None else share
-        return LayerRecord(solution, score, share, truncation=cut)
+            score = None if trial.weight is None else late.to(device).residual(trial.weight, trial.bias)
+        return LayerRecord(solution, score, truncation=cut)
 
     def _ranked(self) -> list[int]:
         """Layers in the order in which they become local."""
@@ -260,18 +254,11 @@ class Absorber:
             random.Random(self.choice.seed).shuffle(layers)
             return layers
         scored = [layer for layer in layers if self.records[layer].score is not None]
-        return sorted(scored, key=self._effect)
-
-    def _effect(self, layer: int) -> float:
-        """What a layer is ranked by: its error, or what that error will cost the next chunk."""
-        score = self.records[layer].score or 0.0
-        if self.settings.ranking != "effect":
-            return score
-        return float(self.cache.spec.layer_costs[layer] * score**EFFECT_POWER)
+        return sorted(scored, key=lambda layer: self.records[layer].score or 0.0)
 
     def _delta(self, record: LayerRecord) -> Delta:
         """Rounded here, before its first use, to what would be stored: a stored delta is the delta that ran."""
-        device, share, found = self.cache.device, record.share, record.truncation or record.solution
+        device, share, found = self.cache.device, self.settings.share, record.truncation or record.solution
         assert found is not None
         assert found.weight is not None
         bias = (share * found.bias).float().to(device) if found.bias is not None else None

@@ -8,11 +8,7 @@ from typing import Any
 from ispa_deploy.absorb.solve import Ridge
 from ispa_deploy.errors import InputError, known_names
 
-RANKINGS = ("epsilon", "heldout", "effect", "random")
-
-EFFECT_POWER = 0.25
-"""How much a layer's held-out error, beside its usual cost, says about what it costs: the error of one chunk is a noisy
-measure of that. Chosen on development videos (docs/log.md)."""
+RANKINGS = ("epsilon", "heldout", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +17,10 @@ class Settings:
 
     `warmup` frames are watched before the transition. `half_life` (frames) lets older rows fade, None keeps all equal.
     `all_rows` also counts chunks that have no history yet, whose gap is exactly zero. `ranking`: `epsilon` is the error
-    on the rows of the fit, `heldout` the error on the last warm-up chunk of a fit to the ones before, `effect` that
-    error weighed by what it costs the next chunk of this model (`ModelSpec.layer_costs`), `heldout` where nobody
-    measured that. `rows_per_width`: rows are subsampled by a stride that keeps at least this many times the layer's
-    width; None keeps every row.
-    `share`: how much of ΔW and bias is applied. A fit to the warm-up overstates what holds for the next chunk, in some
-    layers more than in others: None applies the share that suits the last warm-up chunk best, for a fit to the ones
-    before, between 0 and 1 (docs/log.md).
+    on the rows of the fit, `heldout` the error on the last warm-up chunk of a fit to the ones before. `rows_per_width`:
+    rows are subsampled by a stride that keeps at least this many times the layer's width; None keeps every row.
+    `share`: how much of ΔW and bias is applied. A fit to the warm-up overstates what holds for the next chunk: a little
+    less of it is closer to the full run (docs/log.md).
     `quantisation_aware`: rows are fitted as an 8-bit layer multiplies them, Q(a) in place of a.
     """
 
@@ -36,39 +29,24 @@ class Settings:
     half_life: float | None = 3.0
     intercept: bool = True
     all_rows: bool = False
-    ranking: str = "effect"
-    share: float | None = None
+    ranking: str = "heldout"
+    share: float = 0.7
     rows_per_width: int | None = 8
     double: bool = False
     quantisation_aware: bool = False
-
-    @property
-    def ranks_held_out(self) -> bool:
-        """Whether a layer's error is that of a fit to the early rows on the late ones."""
-        return self.ranking in ("heldout", "effect")
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether the last warm-up chunk is summed apart, for a fit to the ones before to be judged by."""
-        return self.ranks_held_out or self.share is None
 
     def check(self, chunk: int, first: int) -> None:
         """InputError unless the warm-up holds the chunks this kind of fit needs."""
         if self.ranking not in RANKINGS:
             raise known_names("ranking", self.ranking, RANKINGS)
-        if self.share is not None and not 0 <= self.share <= 1:
+        if not 0 <= self.share <= 1:
             raise InputError(f"share {self.share} of the solution: expected a number between 0 and 1")
-        needed = first + (2 if self.holds_out else 1) * chunk
+        needed = first + (2 if self.ranking == "heldout" else 1) * chunk
         if self.warmup < needed or (self.warmup - first) % chunk:
             raise InputError(
-                f"warm-up of {self.warmup} frames: {self._needing()} needs at least {needed} frames in whole chunks "
-                f"({first} + a multiple of {chunk})"
+                f"warm-up of {self.warmup} frames: ranking '{self.ranking}' needs at least {needed} frames in whole "
+                f"chunks ({first} + a multiple of {chunk})"
             )
-
-    def _needing(self) -> str:
-        """What decides how long a warm-up must be."""
-        measured = self.share is None and not self.ranks_held_out
-        return "a share that is measured (give one by --share)" if measured else f"ranking '{self.ranking}'"
 
 
 PRESETS: dict[str, Settings] = {

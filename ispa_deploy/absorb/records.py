@@ -13,15 +13,14 @@ from ispa_deploy.errors import InputError
 
 @dataclass
 class LayerRecord:
-    """What is known of one layer: its solution, its error (`score`; None: unscored), the `share` of the solution that
-    is applied, whether it is local, and what of the solution is left at a low rank.
+    """What is known of one layer: its solution, the score it was ranked by (None: unscored), whether it is local, and
+    what of the solution is left at a low rank.
 
     `delta` is what a solved layer would carry, until the layers that become local are chosen.
     """
 
     solution: Solution | None = None
     score: float | None = None
-    share: float = 1.0
     local: bool = False
     delta: Delta | None = None
     truncation: Truncation | None = None
@@ -30,8 +29,6 @@ class LayerRecord:
         solution = self.solution
         fields = ("ridge", "condition", "effective_rank", "residual", "gap", "status")
         details = {name: getattr(solution, name) for name in fields} if solution else {}
-        if solution is not None:
-            details["share"] = self.share
         if self.truncation is not None:
             details |= {f"delta_{name}": getattr(self.truncation, name) for name in ("rank", "kept", "increase")}
         return {"kind": "L" if self.local else "F", "score": self.score, **details}

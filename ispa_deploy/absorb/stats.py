@@ -168,22 +168,15 @@ class Statistics:
 
     def residual(self, delta_weight: Tensor, delta_bias: Tensor | None = None) -> float:
         """‖A_loc(W + ΔW) + b − A_full W‖² on these rows (paper eq. 6), for any ΔW (O, I) and bias change b (O,)."""
-        return self.judge(delta_weight, delta_bias)[0]
-
-    def judge(self, delta_weight: Tensor, delta_bias: Tensor | None = None) -> tuple[float, float]:
-        """`residual`, and the share of ΔW and b between 0 and 1 that would leave the smallest one.
-
-        With p = aΔWᵀ + b, what they predict of a row's gap eW, a share t leaves s − 2t Σ⟨p, eW⟩ + t² Σ‖p‖².
-        """
         delta, cross_w = delta_weight.double().T, self.projected_cross()
-        agreement = sum(float((delta[rows] * cross_w[rows]).sum()) for rows in _slices(len(delta)))
-        size = sum(float((delta[rows] * (self.gram[rows].double() @ delta)).sum()) for rows in _slices(len(delta)))
+        error = self.gap_energy - 2 * sum(float((delta[rows] * cross_w[rows]).sum()) for rows in _slices(len(delta)))
+        error += sum(float((delta[rows] * (self.gram[rows].double() @ delta)).sum()) for rows in _slices(len(delta)))
         if delta_bias is not None:
             bias = delta_bias.double()
-            agreement += float(bias @ (self.weight.to(self.gram.device).double() @ self.gap_sum.double()))
-            size += float(self.rows * bias.square().sum() + 2 * bias @ (self.local_sum.double() @ delta))
-        share = min(max(agreement / size, 0.0), 1.0) if size > 0 else 1.0
-        return self.gap_energy - 2 * agreement + size, share
+            weight = self.weight.to(self.gram.device).double()
+            mean = self.local_sum.double() @ delta - weight @ self.gap_sum.double()
+            error += float(self.rows * bias.square().sum() + 2 * bias @ mean)
+        return error
 
     def projected_cross(self) -> Tensor:
         """H W, (I, O) float64, columns contiguous: made once, solve and certificate both ask for it."""

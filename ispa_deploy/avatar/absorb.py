@@ -88,7 +88,7 @@ class PerStepAbsorber(Absorber):
         )
         scores = [record.score for record in records if record.score is not None]
         score = sum(scores) if len(scores) == len(records) else None
-        return LayerRecord(together, score, records[0].share, truncation=records[0].truncation)
+        return LayerRecord(together, score, truncation=records[0].truncation)
 
     def _transition(self) -> None:
         super()._transition()

@@ -15,7 +15,7 @@ from ispa_deploy.evaluate.variants import VARIANTS, Pair, Variant
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.specs import SPECS
 
-SHIPPED = Path(__file__).parent.parent / "demo" / "weights.safetensors"
+_SHIPPED = Path(__file__).parent.parent / "demo" / "weights.safetensors"
 
 
 def main() -> int:
@@ -61,7 +61,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    model = load_demo(arguments.weights or SHIPPED)
+    model = load_demo(arguments.weights or _SHIPPED)
     weights = f"--weights {arguments.weights.name} " if arguments.weights else ""
     options = f"--pairs {arguments.pairs} --frames {arguments.frames} --seed {arguments.seed}"
     command = f"python -m ispa_deploy.evaluate {weights}{options}"

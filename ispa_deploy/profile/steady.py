@@ -110,7 +110,7 @@ class SteadyStream:
             return 0
         kind = torch.float64 if absorber.settings.double else torch.float32
         one = Statistics(torch.empty(spec.dim, spec.dim, device="meta"), dtype=kind).nbytes()
-        return (2 if absorber.settings.holds_out else 1) * spec.layers * one
+        return (2 if absorber.settings.ranking == "heldout" else 1) * spec.layers * one
 
 
 def _fill(stream: Stream, generator: torch.Generator) -> int:
