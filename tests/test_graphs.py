@@ -16,7 +16,7 @@ from ispa_deploy.native import elementwise
 from ispa_deploy.regions import recording
 from ispa_deploy.specs import ModelSpec
 from ispa_deploy.stream import Stream
-from quant import SCHEMES, quantise_
+from quant import SCHEMES, kernels_cpu, quantise_
 from tests.tape import Recorder
 from tests.test_compiled import _Rows
 from tests.tiny import SPEC, latents_of, text_rows, tiny_model, tiny_stream
@@ -93,7 +93,9 @@ def _switched(model: Any, **options: Any) -> Stream:
 @pytest.mark.parametrize("policy", ["full", "absorb"])
 def test_prompt_switches_and_recalibration(policy: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text is copied over the old text's buffers: with a full cache nothing is recorded again."""
-    monkeypatch.setattr(elementwise, "library", lambda: None)  # a tape sees torch's operations alone
+    # A tape sees torch's operations alone.
+    monkeypatch.setattr(elementwise, "library", lambda: None)
+    monkeypatch.setattr(kernels_cpu, "KERNELS", (kernels_cpu.INT_MM,))
     model = tiny_model(replace(SPEC, recaches=True))
     if scheme != "none":
         quantise_(model, SCHEMES[scheme])
