@@ -140,14 +140,20 @@ def test_paths_are_not_taken_for_repositories(tmp_path: Path, source: str) -> No
     assert not is_repository(source)
 
 
+def longlive_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A tiny LongLive and its adapter as published, in a table of models of that size."""
+    for name in FAMILIES:
+        monkeypatch.setitem(SPECS, name, spec_of(name))
+    base, (_, lora) = publish("longlive-1.3b", folder)
+    return base, Path(str(lora))
+
+
 def test_a_published_repository_in_the_cache_is_quantised_with_its_adapter(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in FAMILIES:
-        monkeypatch.setitem(SPECS, name, spec_of(name))
-    base, (_, lora) = publish("longlive-1.3b", tmp_path)
+    base, lora = longlive_files(tmp_path, monkeypatch)
     put(cache, LONGLIVE, base, "models/longlive_base.pt")
-    put(cache, LONGLIVE, Path(str(lora)), "models/lora.pt")
+    put(cache, LONGLIVE, lora, "models/lora.pt")
     done = command("quantize", LONGLIVE, "-o", tmp_path / "by-name", "--json")
     assert done.code == 0, done.err
     assert "LoRA" in done.err
@@ -159,10 +165,8 @@ def test_a_published_repository_in_the_cache_is_quantised_with_its_adapter(
 def test_a_published_repository_is_downloaded_once_and_quantised(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in FAMILIES:
-        monkeypatch.setitem(SPECS, name, spec_of(name))
-    base, (_, lora) = publish("longlive-1.3b", tmp_path)
-    wanted = {"models/longlive_base.pt": base.read_bytes(), "models/lora.pt": Path(str(lora)).read_bytes()}
+    base, lora = longlive_files(tmp_path, monkeypatch)
+    wanted = {"models/longlive_base.pt": base.read_bytes(), "models/lora.pt": lora.read_bytes()}
     served.files[LONGLIVE] = {**wanted, "README.md": b"not asked for"}
     for folder in ("first", "again"):
         done = command("quantize", LONGLIVE, "-o", tmp_path / folder, "--json")
