@@ -174,22 +174,28 @@ def test_what_makes_a_call_or_a_chunk_slow_cancels_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("interval", "share", "holds"),
+    ("interval", "share", "holds", "by"),
     [
-        ([0.99, 1.01], None, "yes"),
-        ([0.99, 1.04], None, "open"),
-        ([0.99, 1.04], 0.002, "yes"),
-        ([0.99, 1.04], 0.004, "open"),
-        ([1.031, 1.05], 0.001, "no"),
-        ([0.90, 0.96], 0.001, "no"),
-        (None, None, "open"),
-        (None, 0.001, "yes"),
+        ([0.99, 1.01], None, "yes", "comparison"),
+        ([0.99, 1.04], None, "open", None),
+        ([0.99, 1.04], 0.002, "yes", "marks"),
+        ([0.99, 1.04], 0.004, "open", None),
+        ([1.031, 1.05], 0.001, "no", "comparison"),
+        ([0.90, 0.96], 0.001, "no", "comparison"),
+        # Marks cannot explain what was seen: between 1.5 and 6 % more by 1 % at most, or less than nothing.
+        ([1.015, 1.06], 0.001, "open", None),
+        ([1.005, 1.06], 0.001, "yes", "marks"),
+        ([0.96, 0.99], 0.001, "open", None),
+        (None, None, "open", None),
+        (None, 0.001, "yes", "marks"),
     ],
 )
 def test_whether_recording_stays_within_the_limit(
-    interval: list[float] | None, share: float | None, holds: str
+    interval: list[float] | None, share: float | None, holds: str, by: str | None
 ) -> None:
-    assert Price(1.0, interval, 6, "blocks", 100, None, share).holds() == holds
+    price = Price(1.0, interval, 6, "blocks", 100, None, share)
+    assert price.judged() == (holds, by)
+    assert price.to_dict()["judged_by"] == by
 
 
 def test_the_price_of_marks_is_counted() -> None:

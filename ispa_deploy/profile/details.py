@@ -53,8 +53,8 @@ def section(report: Report, number: int) -> str:
         _block(
             "How steady, and does the account close",
             _steadiness(runs, titles),
-            "Recording: blocks with and without it, next to each other in time (95 % interval). Where that is wider "
-            "than the limit, its marks are counted, and ten times their price must be within the limit.",
+            "Recording: blocks with and without it, next to each other in time (95 % interval). Where that straddles "
+            "the limit, its marks are counted, and ten times their price must be within the limit and agree with it.",
         ),
         *_grids(
             "Before the steady state",

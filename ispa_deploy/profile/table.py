@@ -104,15 +104,11 @@ def account(report: Report) -> list[str]:
 
 
 def _counted(report: Report) -> str:
-    """Which runs' price of recording follows from their marks, for blocks differ too much to tell."""
-
-    def noisy(run: Run) -> bool:
-        bounds = (run.get("recording") or {}).get("interval") or (0.0, float("inf"))
-        limit = run["closing"]["limits"]["instrumented_over_plain"]
-        return any(abs(bound - 1) > limit for bound in bounds)
-
-    names = [run["name"] for run in report["runs"] if noisy(run)]
-    return f" (by its marks in {', '.join(names)}: the blocks differ by more)" if names else ""
+    """Which runs' price of recording follows from their marks, for a comparison differs too much to tell."""
+    names = [run["name"] for run in report["runs"] if (run.get("recording") or {}).get("judged_by") == "marks"]
+    if not names:
+        return ""
+    return f" (in {', '.join(names)} by its marks, ten times their price: the comparison is too wide to tell)"
 
 
 def explanations(report: Report) -> list[str]:
