@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ispa_deploy.errors import known_names
 
@@ -31,6 +33,16 @@ DEVICES = {device.name: device for device in _TABLE}
 REACHED = {"attention": 0.60, "gemm": 0.70, "gemm8": 0.50, "memory": 0.60}
 """Shares of the data sheet to plan with where nothing was measured: cuDNN and flash-attention 3 report 0.60 to 0.65 of
 the peak at head width 128, cuBLAS 0.78 at large shapes and less at ours, fused int8 and fp8 products 0.50 to 0.68."""
+
+
+BLOCK_SECONDS = 2e-4
+"""Least time of one pass through a block, which is some forty launches from Python: what keeps small models slow."""
+
+
+def device_of(report: Mapping[str, Any]) -> Device | None:
+    """The device that a report was measured on; None for a CPU and for GPUs without a data sheet here."""
+    gpu = (report["env"]["gpu"] or "").lower()
+    return next((device for name, device in DEVICES.items() if gpu and name.lower() in gpu), None)
 
 
 def device_named(name: str) -> Device:

@@ -1,8 +1,11 @@
-"""`ispa-deploy plan`: what a model would hold and take on a device, and how wrong such predictions were before."""
+"""`ispa-deploy plan`: what a model would hold and take on a device, and how wrong such predictions were before.
+
+Every report is judged before it serves: one that ran in another dtype, or whose calls were too small to tell, is named
+and left out, so that nothing is quoted that cannot be predicted.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,26 +14,28 @@ from typing import Any
 
 from ispa_deploy.budget import Setup, predict
 from ispa_deploy.errors import InputError
-from ispa_deploy.planner.devices import Device, device_named
+from ispa_deploy.planner.devices import Device, device_named, device_of
 from ispa_deploy.planner.rates import (
     WIDTHS,
     Rates,
     Report,
+    dtype_of,
     hardware,
+    label,
     nearest,
     of_device,
     of_report,
-    setting_of,
-    spec_of,
+    refusal,
     times,
 )
+from ispa_deploy.planner.stored import past_errors, stored_reports
+from ispa_deploy.profile.grids import milliseconds
 from ispa_deploy.profile.paper import keys_ratio
 from ispa_deploy.profile.work import Setting, keys_of
 from ispa_deploy.regions import FAMILIES
 from ispa_deploy.specs import ModelSpec, spec_for
 
 MEASURED = "measured"
-RESULTS = Path("docs/results")
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ def plan(
     """The plan as plain JSON types. `gpu`: a name of `DEVICES`, or `measured`: the hardware of the stored reports.
 
     `reports`: a folder that is searched for them, or one file. Raises InputError for an unknown model or GPU, and for
-    `measured` without a report.
+    `measured` where no report can serve. Of a speech-to-video model only the memory is predicted: `amdahl` is None, its
+    runs have neither rows nor times.
     """
     spec = spec_for(model)
     if window is not None:
@@ -71,43 +77,56 @@ def plan(
     if not 0 <= ratio <= 1:
         raise InputError(f"ratio {ratio}: expected a share of the layers between 0 and 1")
     stored = stored_reports(reports)
-    device, rates = _rates(spec, gpu, stored)
+    device, served, unfit = _served(spec, gpu, stored)
+    rates = _rates(device, served)
     runs = [_run(spec, variant, rates, device) for variant in variants(spec, ratio, recent)]
-    base = runs[0]["chunk_ms"]
-    for run in runs:
-        run["speedup"] = base / run["chunk_ms"]
-    share = (runs[0]["components"]["attention.kernel"] + runs[0]["components"]["attention.cache"]) / base
-    keys = keys_ratio(ratio, spec.window_frames, 1 + recent + spec.chunk_frames)
     return {
         "schema_version": 1,
         "model": {"name": spec.name, "layers": spec.layers, "dim": spec.dim, "window": spec.window_frames},
-        "device": device.name if device else hardware(stored[0]),
+        "device": device.name if device else hardware(served or stored[0]),
         "memory": device.memory if device else None,
         "rates": rates.source,
         "runs": runs,
-        "amdahl": {
-            "attention_share": share,
-            "attention_ceiling": keys,
-            "ceiling": 1 / (1 - share + share / keys),
-        },
+        "amdahl": None if spec.audio_blocks else _amdahl(spec, runs, ratio, recent),
+        "unfit": unfit,
         "past": past_errors(stored),
     }
 
 
-def _rates(spec: ModelSpec, gpu: str, stored: Sequence[Report]) -> tuple[Device | None, Rates]:
-    """Rates measured on this hardware where there are any, else those of its data sheet."""
-    if gpu == MEASURED:
-        found = nearest(spec, stored)
-        if found is None:
-            raise InputError("--gpu measured: no stored report was found; run `ispa-deploy profile`, name --reports")
-        return None, of_report(found)
-    device = device_named(gpu)
-    own = [report for report in stored if report["env"]["gpu"] and device.name.lower() in report["env"]["gpu"].lower()]
-    found = nearest(spec, own)
-    return device, of_report(found) if found else of_device(device)
+def _served(
+    spec: ModelSpec, gpu: str, stored: Sequence[Report]
+) -> tuple[Device | None, Report | None, list[dict[str, str]]]:
+    """The device, the report whose rates serve, if any, and those of the same device that do not, with the reason."""
+    device = None if gpu == MEASURED else device_named(gpu)
+    own = [report for report in stored if device is None or device_of(report) == device]
+    dtype = dtype_of(spec)
+    reasons = [(report, refusal(spec, dtype, report)) for report in own]
+    unfit = [{"report": f"{label(report)} on {hardware(report)}", "why": why} for report, why in reasons if why]
+    found = nearest(spec, dtype, own)
+    if found is None and device is None:
+        what = "; ".join(f"{row['report']}: {row['why']}" for row in unfit) or "no stored report was found"
+        raise InputError(
+            f"--gpu measured: nothing stored can tell about '{spec.name}' ({what}); run `ispa-deploy profile -o`, name "
+            "--reports"
+        )
+    return device, found, unfit
+
+
+def _rates(device: Device | None, served: Report | None) -> Rates:
+    """Rates measured on this hardware where there are any that serve, else those of its data sheet."""
+    if served is not None:
+        return of_report(served)
+    assert device is not None
+    return of_device(device)
 
 
 def _run(spec: ModelSpec, variant: Variant, rates: Rates, device: Device | None) -> dict[str, Any]:
+    setup = Setup(dtype=rates.dtype, scheme=variant.scheme, policy=variant.policy, ratio=variant.ratio,
+                  recent_frames=variant.recent)  # fmt: skip
+    budget = predict(spec, setup).to_dict()
+    memory = {"memory": budget, "fits": None if device is None else budget["peak"] <= device.memory}
+    if spec.audio_blocks:
+        return {"name": variant.name, **memory}
     width = WIDTHS[rates.dtype]
     local = int(variant.ratio * spec.layers + 0.5)
     near = 1 + variant.recent + spec.chunk_frames
@@ -116,9 +135,6 @@ def _run(spec: ModelSpec, variant: Variant, rates: Rates, device: Device | None)
         weight_width=width if variant.scheme == "none" else 1, stores=spec.layers,
     )  # fmt: skip
     rows = times(spec, setting, rates)
-    setup = Setup(dtype=rates.dtype, scheme=variant.scheme, policy=variant.policy, ratio=variant.ratio,
-                  recent_frames=variant.recent)  # fmt: skip
-    budget = predict(spec, setup).to_dict()
     chunk = sum(rows.values())
     return {
         "name": variant.name,
@@ -126,68 +142,18 @@ def _run(spec: ModelSpec, variant: Variant, rates: Rates, device: Device | None)
         "families": {name: sum(ms for row, ms in rows.items() if row.startswith(f"{name}.")) for name in FAMILIES},
         "chunk_ms": chunk,
         "fps": 1e3 * spec.chunk_frames * spec.temporal_stride / chunk,
-        "memory": budget,
-        "fits": None if device is None else budget["peak"] <= device.memory,
+        **memory,
     }
 
 
-# -- what was measured before
-
-
-def stored_reports(place: Path | None) -> list[Report]:
-    """Reports below a folder, or in one file; files that are something else are passed over."""
-    if place is None:
-        place = RESULTS if RESULTS.is_dir() else Path(__file__).resolve().parents[2] / RESULTS
-    elif not place.exists():
-        raise InputError(f"reports '{place}': expected a folder of report.json files, or one of them")
-    files = [place] if place.is_file() else sorted(place.rglob("*.json"))
-    found: list[Report] = []
-    for file in files:
-        document = _document(file)
-        candidates = document.get("reports", [document]) if isinstance(document, dict) else []
-        found += [report for report in candidates if isinstance(report, dict) and {"runs", "paper"} <= set(report)]
-    return found
-
-
-def _document(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def past_errors(stored: Sequence[Report]) -> list[dict[str, Any]]:
-    """Predictions of what was measured later: `{what, run, predicted_ms, measured_ms, error}`.
-
-    Of every stored report: its ISPA runs from its full-cache runs alone, and all of it from the nearest other report of
-    the same hardware.
-    """
-    found = []
-    for report in stored:
-        full = [name for name in ("full", "full+w8a8") if any(run["name"] == name for run in report["runs"])]
-        if full:
-            rates = of_report(report, full)
-            found += _errors(report, rates, "from its own full-cache runs", skip=full)
-        others = [other for other in stored if other is not report and hardware(other) == hardware(report)]
-        other = nearest(spec_of(report), others)
-        if other is not None:
-            found += _errors(report, of_report(other), f"from {other['model']['name']}")
-    return found
-
-
-def _errors(report: Report, rates: Rates, what: str, skip: Sequence[str] = ()) -> list[dict[str, Any]]:
-    spec = spec_of(report)
-    rows = []
-    for run in report["runs"]:
-        if run["name"] in skip or run["name"] == "published" or run.get("kv_dtype", "auto") != "auto":
-            continue
-        predicted = sum(times(spec, setting_of(spec, report, run), rates).values())
-        measured = run["wall_ms"]
-        rows.append({
-            "what": f"{report['model']['name']} {what}", "run": run["name"], "predicted_ms": predicted,
-            "measured_ms": measured, "error": predicted / measured - 1,
-        })  # fmt: skip
-    return rows
+def _amdahl(spec: ModelSpec, runs: list[dict[str, Any]], ratio: float, recent: int) -> dict[str, float]:
+    """What dropping keys can gain; every run gets its speed-up over the first."""
+    base = runs[0]["chunk_ms"]
+    for run in runs:
+        run["speedup"] = base / run["chunk_ms"]
+    share = (runs[0]["components"]["attention.kernel"] + runs[0]["components"].get("attention.cache", 0.0)) / base
+    keys = keys_ratio(ratio, spec.window_frames, 1 + recent + spec.chunk_frames)
+    return {"attention_share": share, "attention_ceiling": keys, "ceiling": 1 / (1 - share + share / keys)}
 
 
 # -- in words
@@ -201,11 +167,14 @@ def grid(document: dict[str, Any]) -> list[list[str]]:
         return [f"{run['memory'][name] / 2**30:.2f}" for run in runs]
 
     lines = [["predicted", *(run["name"] for run in runs)]]
-    lines += [[f"{family}, ms", *(f"{run['families'][family]:,.1f}" for run in runs)] for family in FAMILIES]
+    if document["amdahl"]:
+        lines += [[f"{family}, ms", *(milliseconds(run["families"][family]) for run in runs)] for family in FAMILIES]
+        lines += [
+            ["chunk, ms", *(milliseconds(run["chunk_ms"]) for run in runs)],
+            ["speed-up", *(f"{run['speedup']:.2f}x" for run in runs)],
+            ["frames/s, DiT only", *(f"{run['fps']:.2g}" if run["fps"] < 10 else f"{run['fps']:.1f}" for run in runs)],
+        ]
     lines += [
-        ["chunk, ms", *(f"{run['chunk_ms']:,.1f}" for run in runs)],
-        ["speed-up", *(f"{run['speedup']:.2f}x" for run in runs)],
-        ["frames per second, DiT only", *(f"{run['fps']:.1f}" for run in runs)],
         ["weights, GiB", *memory("weights")],
         ["keys and values, GiB", *memory("kv")],
         ["statistics until the transition, GiB", *memory("statistics")],
@@ -218,15 +187,28 @@ def grid(document: dict[str, Any]) -> list[list[str]]:
 
 def sentences(document: dict[str, Any]) -> list[str]:
     """What the plan rests on, what limits it, and how wrong earlier ones were."""
-    law, past = document["amdahl"], document["past"]
+    law = document["amdahl"]
+    if law is None:
+        return ["Latency is not predicted for speech to video: its rings, condition and audio layers are not counted."]
     text = [
         f"Rates: {document['rates']}.",
+        *(f"Not used: {row['report']}: {row['why']}." for row in document["unfit"]),
         f"Self-attention is {100 * law['attention_share']:.0f} % of the full run's chunk: dropping keys makes it "
         f"{law['attention_ceiling']:.2f}x faster at most, the chunk {law['ceiling']:.2f}x.",
     ]
+    return text + _past(document["past"])
+
+
+def _past(past: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each kind of earlier prediction; and what none of them tells."""
+    text = []
     for what in dict.fromkeys(row["what"] for row in past):
         errors = [abs(row["error"]) for row in past if row["what"] == what]
         text.append(
             f"Past prediction, {what}: off by {100 * median(errors):.0f} % (at most {100 * max(errors):.0f} %)."
         )
-    return text if past else [*text, "No stored report to judge earlier predictions by."]
+    if not any(row["across"] for row in past):
+        text.append(
+            "No stored report allows a check of how far rates carry from one model to another, or from a data sheet."
+        )
+    return text

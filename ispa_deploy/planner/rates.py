@@ -2,6 +2,9 @@
 
 Rows that multiply are counted in operations, rows that move in bytes, the rest in passes through a block. One report
 gives two sets of rates, for floating-point and for 8-bit linear layers.
+
+Rates carry only so far: they are those of a dtype, and of calls large enough for the work in them to set their time.
+`refusal` says when a report cannot serve a model.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from math import log
 from typing import Any
 
 from ispa_deploy.errors import InputError
-from ispa_deploy.planner.devices import REACHED, Device
+from ispa_deploy.planner.devices import BLOCK_SECONDS, REACHED, Device
 from ispa_deploy.profile.work import Setting, Work, chunk_work, keys_of
 from ispa_deploy.specs import SPECS, ModelSpec
 
@@ -20,6 +23,12 @@ ARITHMETIC = ("attention.kernel", "attention.cross", "linear.gemm")
 MOVING = ("attention.cache", "linear.quantise", "linear.dequantise", "overhead.norm", "overhead.rope")
 COUNTED = (*ARITHMETIC, *MOVING)
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+CLOSE = 2.0
+"""Widths up to this factor apart are alike: calls of the one take the share of the peak that those of the other do."""
+FIRM = 0.5
+"""Share of the device's peak from which on a row's rate can be carried to larger models: there is no more than twice as
+much to be had. Below it, calls that are too small to keep the device busy set the time."""
+_CARRIED = ("attention.kernel", "linear.gemm")
 
 Report = Mapping[str, Any]
 Run = Mapping[str, Any]
@@ -27,15 +36,17 @@ Run = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Rates:
-    """`seconds[eight_bit][row]` per operation, byte or pass through a block; `source` says in words where from."""
+    """`seconds[eight_bit][row]` per operation, byte or pass through a block; `source` says in words where from.
+    `block`: seconds that one pass through a block takes at least; what the rows leave of them is launches."""
 
     seconds: Mapping[bool, Mapping[str, float]]
     source: str
     dtype: str
+    block: float = 0.0
 
 
 def of_device(device: Device) -> Rates:
-    """What the data sheet allows, at the shares of it that were seen elsewhere."""
+    """What the data sheet allows, at the shares of it that were seen elsewhere; products apply scales themselves."""
     attention, move = 1 / (device.flops * REACHED["attention"]), 1 / (device.bytes * REACHED["memory"])
     gemms = {False: 1 / (device.flops * REACHED["gemm"]), True: 1 / (device.ops8 * REACHED["gemm8"])}
     seconds = {
@@ -44,11 +55,16 @@ def of_device(device: Device) -> Rates:
             "attention.kernel": attention,
             "attention.cross": attention,
             "linear.gemm": gemm,
+            "linear.dequantise": 0.0,
         }
         for eight, gemm in gemms.items()
     }
     shares = ", ".join(f"{name} {share:.0%}" for name, share in REACHED.items())
-    return Rates(seconds, f"data sheet of {device.name}, assumed shares of it: {shares}; launches hidden", "bfloat16")
+    source = (
+        f"data sheet of {device.name}, assumed shares of it: {shares}; at least {1e3 * BLOCK_SECONDS:g} ms per block "
+        "and pass, for launches"
+    )
+    return Rates(seconds, source, "bfloat16", BLOCK_SECONDS)
 
 
 def of_report(report: Report, names: Iterable[str] | None = None) -> Rates:
@@ -98,10 +114,12 @@ def _unit(row: str, work: Work) -> float:
 def times(spec: ModelSpec, setting: Setting, rates: Rates) -> dict[str, float]:
     """Milliseconds of each row of a steady chunk."""
     units = units_of(spec, setting)
-    return {
+    rows = {
         row: 1e3 * seconds * units.get(row, _block_passes(spec))
         for row, seconds in rates.seconds[setting.eight_bit].items()
     }
+    launches = 1e3 * rates.block * _block_passes(spec) - sum(rows.values())
+    return {**rows, "overhead.python": rows.get("overhead.python", 0.0) + max(launches, 0.0)}
 
 
 def _block_passes(spec: ModelSpec) -> float:
@@ -133,16 +151,57 @@ def spec_of(report: Report) -> ModelSpec:
     )  # fmt: skip
 
 
-def nearest(spec: ModelSpec, reports: Iterable[Report]) -> Report | None:
-    """The report of the model most like this one in width: kernels reach shares of the peak that depend on it."""
-    ordered = sorted(reports, key=lambda report: abs(log(report["model"]["geometry"]["dim"] / spec.dim)))
-    return ordered[0] if ordered else None
+def dtype_of(spec: ModelSpec) -> str:
+    """What a model runs in unless told otherwise: published ones in bfloat16."""
+    return "float32" if spec.name == "demo" else "bfloat16"
+
+
+def refusal(spec: ModelSpec, dtype: str, report: Report) -> str:
+    """Why the rates of `report` say nothing about `spec` in `dtype`; empty where they do."""
+    found, width = report["model"]["dtype"], report["model"]["geometry"]["dim"]
+    if found != dtype:
+        return f"it ran in {found}, not in {dtype}"
+    if width > CLOSE * spec.dim:
+        return f"its width of {width} is {width / spec.dim:.1f} times this model's: calls this small take other time"
+    if spec.dim > CLOSE * width and (weak := _weakest(report)):
+        row, share = weak
+        return (
+            f"{row} reached {share:.0%} of the peak there, and may reach more at {spec.dim / width:.1f} times the width"
+        )
+    return ""
+
+
+def _weakest(report: Report) -> tuple[str, float] | None:
+    """The row that is furthest from its peak among those that make up most of a large model's time; None: all near."""
+    full: Run = next((run for run in report["runs"] if run["name"] == "full"), {})
+    shares = {entry["row"]: entry["share"] for entry in full.get("roofline") or ()}
+    row = min(_CARRIED, key=lambda row: shares.get(row, 0.0))
+    share = shares.get(row, 0.0)
+    return None if share >= FIRM else (row, share)
+
+
+def nearest(spec: ModelSpec, dtype: str, reports: Iterable[Report]) -> Report | None:
+    """Of the reports that can serve, that of the model most like this one in width, then in tokens; None: none can."""
+
+    def distance(report: Report) -> tuple[float, float]:
+        geometry = report["model"]["geometry"]
+        return abs(log(geometry["dim"] / spec.dim)), abs(log(geometry["frame_tokens"] / spec.frame_tokens))
+
+    serving = [report for report in reports if not refusal(spec, dtype, report)]
+    return min(serving, key=distance) if serving else None
 
 
 def hardware(report: Report) -> str:
     env = report["env"]
-    return str(env["gpu"] or f"{env['cpu']}, {env['threads']} threads")
+    units = f" ({env['cpu_capability']})" if env.get("cpu_capability") else ""
+    return str(env["gpu"] or f"{env['cpu']}{units}, {env['threads']} threads")
+
+
+def label(report: Report) -> str:
+    """A report in a few words: model, layers, dtype."""
+    model = report["model"]
+    return f"{model['name']} ({model['geometry']['layers']} layers, {model['dtype']})"
 
 
 def _where(report: Report) -> str:
-    return f"{report['model']['name']} ({report['model']['geometry']['layers']} layers) on {hardware(report)}"
+    return f"{label(report)} on {hardware(report)}"

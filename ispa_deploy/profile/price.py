@@ -5,7 +5,7 @@ little. A block and its neighbour are milliseconds apart: two chunks are generat
 is recorded, in the first one the even calls, in the second one the odd calls.
 
 Where a machine is too noisy even for that, the marks of a chunk are counted and the price of one is measured by itself.
-That bounds what recording costs, for it does nothing but pass marks; it may not overrule a comparison that says otherwise.
+That bounds what recording costs, for it does nothing but pass marks; it does not overrule a comparison that denies it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ispa_deploy.regions import recording, region
 
 MARGIN = 10
 """How many times over the price of the marks must fit into the limit to decide alone: a mark is dearer in the midst of
-work, where its code is in no cache, than in the loop that its price is measured in. Measured: the demo's blocks take 1.1
-to 1.6 % longer recorded, its marks by their price 0.37 to 0.46 %, so up to four times
+work, where its code is in no cache, than in the loop that its price is measured in. Measured: the demo's blocks take
+1.1 to 1.6 % longer recorded, its marks by their price 0.37 to 0.46 %, so up to four times as long
 (`python -m tests.bench.chunk demo`)."""
 
 _LIMIT = LIMITS["instrumented_over_plain"]
