@@ -115,7 +115,7 @@ def print_run(document: dict[str, Any], *, err: bool = False) -> None:
 def print_profile(document: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from ispa_deploy.profile.table import terminal
+    from ispa_deploy.profile.terminal import terminal
 
     console = Console()
     wide = Console(width=max(console.width, WIDE)) if not console.is_terminal else console

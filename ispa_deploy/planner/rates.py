@@ -132,8 +132,9 @@ def setting_of(spec: ModelSpec, report: Report, run: Run) -> Setting:
     near = (0 if run["policy"] == "no-sink" else 1) + run["recent"] + spec.chunk_frames
     width = WIDTHS[report["model"]["dtype"]]
     eight = run["scheme"] != "none"
+    stores = run.get("stores", spec.layers)
     return Setting(
-        keys=keys_of(spec, range(local), near), width=width, weight_width=1 if eight else width, stores=spec.layers
+        keys=keys_of(spec, range(local), near), width=width, weight_width=1 if eight else width, stores=stores
     )
 
 

@@ -21,8 +21,9 @@ from ispa_deploy.profile.lane import (
     take_plain_turn,
     take_turn,
 )
+from ispa_deploy.profile.paper import FIGURE_RUNS
 from ispa_deploy.profile.recorder import CLOCKS
-from ispa_deploy.profile.report import FIGURE_RUNS, Bench, report_of
+from ispa_deploy.profile.report import Bench, report_of
 from ispa_deploy.profile.roofline import measure_peaks
 from ispa_deploy.profile.trace import encode
 from ispa_deploy.profile.windows import LONG, measure_windows
@@ -72,7 +73,7 @@ def compare(
     for number in range(rounds + plain_only):
         for offset in range(len(lanes)):
             lane = lanes[(number + offset) % len(lanes)]
-            say(f"round {number + 1}/{rounds}: {lane.configuration.name}")
+            say(f"round {number + 1}/{rounds + plain_only}: {lane.configuration.name}")
             if number < rounds:
                 take_turn(lane, chunks, recorded_first=number % 2 == 1, decoder=decoder, clock=CLOCKS[clock])
             else:

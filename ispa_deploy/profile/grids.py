@@ -121,8 +121,19 @@ def peak_line(report: Report) -> str:
         return ""
     return (
         f"Peaks measured in the same run: {_rate(peak['flops'])}FLOP/s (one {peak['side']}-wide product in "
-        f"{peak['dtype']}), {_rate(peak['bytes'])}B/s (one copy of {peak['copied'] / 2**20:,.0f} MiB)."
+        f"{peak['dtype']}), {_rate(peak['bytes'])}B/s (one copy of {peak['copied'] / 2**20:,.0f} MiB).{_beyond(report)}"
     )
+
+
+def _beyond(report: Report) -> str:
+    """Why shares above 1 are no mistake, where there are any."""
+    entries = [entry for run in report["runs"] for entry in run.get("roofline") or ()]
+    reasons = {
+        "arithmetic": "products in 8 bits are held against the same peak",
+        "memory": "data was still in a cache, or a fused pass spared the trip",
+    }
+    found = [text for bound, text in reasons.items() if any(e["bound"] == bound and e["share"] > 1 for e in entries)]
+    return f" Above 100 %: {'; '.join(found)}." if found else ""
 
 
 def _rate(value: float) -> str:

@@ -23,8 +23,8 @@ from ispa_deploy.options import StreamOptions
 from ispa_deploy.profile.compare import PRICE_PAIRS, Configuration, compare
 from ispa_deploy.profile.files import write_json, write_text
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
-from ispa_deploy.profile.table import markdown, terminal
-from ispa_deploy.profile.windows import LONG
+from ispa_deploy.profile.table import markdown
+from ispa_deploy.profile.terminal import terminal
 from ispa_deploy.regions import region
 from quant.audit import audit
 from tests.bench.published import SteadyPublished
@@ -34,9 +34,10 @@ from tests.bench.published import SteadyPublished
 class Plan:
     """How a geometry is measured: rounds of `chunks` plain and `chunks` recorded chunks per configuration.
 
-    `plain`: rounds more without a recorder; `layers`: only so many; `brief`: the runs of the paper alone, without their
-    start, long windows and chunks for what recording costs. `shared_clock`: what `--shared` reads; a reading
-    of the CPU clock is a system call, too dear for the demo's marks.
+    `plain`: rounds more without a recorder; `layers`: only so many; `brief`: the runs of the paper and the published
+    loop, without their start and chunks for what recording costs, and clean passes run to their end, so that a few
+    layers stand for all. `price_pairs`: most pairs of chunks for what recording costs. `shared_clock`: what `--shared`
+    reads; a reading of the CPU clock is a system call, too dear for the demo's marks.
     """
 
     dtype: torch.dtype
@@ -45,15 +46,16 @@ class Plan:
     plain: int = 0
     layers: int | None = None
     brief: bool = False
+    price_pairs: int = PRICE_PAIRS
     shared_clock: str = "cpu"
 
 
 PLANS = {
     "cpu": {
-        "demo": Plan(torch.float32, rounds=10, chunks=2, shared_clock="wall"),
-        "mid": Plan(torch.bfloat16, rounds=2, chunks=1, plain=4),
+        "demo": Plan(torch.float32, rounds=12, chunks=3, shared_clock="wall"),
+        "mid": Plan(torch.bfloat16, rounds=4, chunks=1, plain=2, price_pairs=3),
         # The paper's geometry and window in two layers, one of them local: every layer costs the same.
-        "longlive-1.3b": Plan(torch.bfloat16, rounds=1, chunks=1, plain=2, layers=2, brief=True),
+        "longlive-1.3b": Plan(torch.bfloat16, rounds=3, chunks=1, plain=3, layers=2, brief=True),
         "krea-14b": Plan(torch.bfloat16, rounds=1, chunks=1, plain=2, layers=2, brief=True),
     },
     "cuda": {
@@ -63,7 +65,7 @@ PLANS = {
         "krea-14b": Plan(torch.bfloat16, rounds=3, chunks=1, plain=3),
     },
 }
-PAPER_RUNS = ("full", "ispa", "full+w8a8", "ispa+w8a8")
+BRIEF_RUNS = ("published", "full", "ispa", "full+w8a8", "ispa+w8a8")
 STEPS = {"cpu": {"longlive-1.3b": (1000,), "krea-14b": (1000,)}}
 """Fewer denoising passes where a CPU has no time for all of them: one and the clean one."""
 
@@ -81,14 +83,14 @@ def measure(geometry: str, plan: Plan, device: str, rounds: int | None, shared: 
     start = time.monotonic()
     runs = [*published(model), *configurations(model, eight, scheme.name)]
     if plan.brief:
-        runs = [replace(run, starts=False) for run in runs if run.name in PAPER_RUNS]
+        whole = {run.name: replace(run.options, full_commit=True) for run in runs if run.name in BRIEF_RUNS}
+        runs = [replace(run, starts=False, options=whole[run.name]) for run in runs if run.name in whole]
     report = compare(
         runs,
         chunks=plan.chunks,
         rounds=rounds or plan.rounds,
         plain_only=plan.plain,
-        price_pairs=0 if plan.brief else PRICE_PAIRS,
-        windows=() if plan.brief else (LONG,),
+        price_pairs=0 if plan.brief else plan.price_pairs,
         pixel_frames=model.spec.temporal_stride,
         clock=plan.shared_clock if shared else "wall",
         timeline=False,
