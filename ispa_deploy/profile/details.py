@@ -17,10 +17,12 @@ from ispa_deploy.profile.grids import (
     peak_line,
     roofline_grid,
     start_grid,
+    times,
     window_grid,
 )
 from ispa_deploy.profile.grids import span as bracketed
-from ispa_deploy.profile.table import explanations, paper_grid
+from ispa_deploy.profile.paper import PUBLISHED
+from ispa_deploy.profile.table import FPS, explanations, paper_grid
 from ispa_deploy.regions import FAMILIES, ROWS
 
 Report = dict[str, Any]
@@ -34,6 +36,9 @@ _TITLES = {
     "local+w8a8": "All layers local + W8A8",
     "published": "Published loop, plain PyTorch",
 }
+_TIMES = {
+    "median": "median", "p90": "90th percentile", "p99": "99th percentile", "spread": "between the quartiles",
+}  # fmt: skip
 _BADGES = {"reproduced": "good", "not reproduced": "bad", "inconclusive": "doubt"}
 
 
@@ -149,13 +154,16 @@ def _components(runs: Sequence[Run], titles: Sequence[str]) -> str:
 def _steadiness(runs: Sequence[Run], titles: Sequence[str]) -> str:
     lines: list[tuple[str | None, list[str]]] = [
         (None, [f"chunk, {name}, ms", *(milliseconds(run["chunk_ms"][key]) for run in runs)])
-        for key, name in {"median": "median", "p90": "90th percentile", "p99": "99th percentile"}.items()
+        for key, name in _TIMES.items()
     ]
     lines.append((None, ["95 % interval of the median", *(bracketed(run["chunk_ms"].get("interval")) for run in runs)]))
+    lines.append((None, ["speed-up", *(times(run["speedup"]) for run in runs)]))
+    lines.append((None, ["95 % interval of it", *(bracketed(run.get("speedup_interval"), "{:.2f}") for run in runs)]))
     lines.append((None, ["chunks timed", *(str(run["chunk_ms"]["n"]) for run in runs)]))
-    for key, name in {"dit": "frames/s, model alone", "with_vae": "frames/s, with decoding"}.items():
+    for key, name in FPS.items():
         if any(run["fps"][key] for run in runs):
-            lines.append((None, [name, *(f"{run['fps'][key]:.2f}" if run["fps"][key] else "-" for run in runs)]))
+            cells = (f"{run['fps'][key]:.3g}" if run["fps"][key] else "-" for run in runs)
+            lines.append((None, [name.replace("  ", "&nbsp;&nbsp;"), *cells]))
     for rule, name in RULES.items():
         lines.append((None, [name.rstrip(":"), *(_rule(run, rule) for run in runs)]))
     for label, text in {"by comparison of blocks": _compared, "by its marks alone": _marked}.items():
@@ -299,8 +307,8 @@ def base_run(report: Report) -> Run:
 
 
 def best_run(report: Report) -> Run | None:
-    """The fastest run that is not the baseline."""
-    others = [run for run in report["runs"] if run["name"] != report["baseline"]]
+    """The fastest run of ours that is not the baseline."""
+    others = [run for run in report["runs"] if run["name"] not in (report["baseline"], PUBLISHED)]
     return max(others, key=lambda run: run["speedup"]) if others else None
 
 

@@ -24,6 +24,7 @@ from ispa_deploy.profile.paper import (
     PAPER_GEOMETRY,
     PAPER_MODEL,
     PAPER_RATIO,
+    PUBLISHED,
     Parts,
     amdahl,
     attention_shortfall,
@@ -40,10 +41,6 @@ SCHEMA_VERSION = 1
 
 # What makes a report warn about itself: too few chunks, an unsteady machine, a gain that the method does not explain.
 FEW, UNSTEADY, SUSPECT = 3, 0.1, 1.1
-
-PUBLISHED = "published"
-"""Name of the run that is not ours: the published loop in plain PyTorch."""
-
 
 @dataclass(frozen=True)
 class Bench:
