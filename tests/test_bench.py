@@ -12,7 +12,7 @@ from ispa_deploy.profile.environment import slug
 from ispa_deploy.profile.geometries import GEOMETRIES
 from tests.bench.__main__ import command
 from tests.bench.chunk import Plan, measure
-from tests.bench.readme import END, START, main, reports, table
+from tests.bench.readme import END, HEADLINE, PARTS, START, headline, main, parts, reports, table
 from tests.tiny import SPEC
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,10 +38,11 @@ def test_the_published_loop_is_one_of_the_runs(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_readme_shows_what_the_result_files_say(tmp_path: Path) -> None:
-    """The table between the markers is the one that the stored files give, and running it again changes nothing."""
+    """What stands between the markers is what the stored files give, and running it again changes nothing."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    made = table(ROOT / "docs" / "results")
-    assert f"{START}\n{made}\n{END}" in readme
+    results = ROOT / "docs" / "results"
+    for made, (start, end) in ((headline(results), HEADLINE), (table(results), (START, END)), (parts(results), PARTS)):
+        assert f"{start}\n{made}\n{end}" in readme
     copy = tmp_path / "README.md"
     copy.write_text(readme, encoding="utf-8")
     assert main([str(copy), "--results", str(ROOT / "docs" / "results")]) == 0
@@ -78,3 +79,5 @@ def test_a_narrow_processor_measures_fewer_layers(capability: str, monkeypatch: 
 
 def test_without_results_the_table_says_so(tmp_path: Path) -> None:
     assert "make bench" in table(tmp_path)
+    assert "make bench" in parts(tmp_path)
+    assert headline(tmp_path) == "No GPU has been measured yet."

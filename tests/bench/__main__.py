@@ -2,8 +2,8 @@
 
 Results go to `<output>/<device>/*.json`. The CPU suite takes under 10 minutes on 2 quiet cores. Each part runs in a
 process of its own, so that none inherits another's memory, and writes its file as soon as it is done; at the end the
-README's speed table is made anew. `--only` picks parts, also ones that the suite leaves out; `--rounds` trades time for
-spread.
+README's figures of speed are made anew. `--only` picks parts, also ones that the suite leaves out; `--rounds` trades
+time for spread.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from ispa_deploy.evaluate.table import replace_section
 from ispa_deploy.profile.environment import environment, slug, wide_vectors
-from tests.bench.readme import END, RESULTS, START, table
+from tests.bench.readme import RESULTS, write
 
 SUITES: dict[str, tuple[str, ...]] = {
     "cpu": ("demo", "mid", "ladder", "attention", "int8_linear", "merge", "memory"),
@@ -75,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"== {part}: exit {done.returncode}, {time.monotonic() - start:.0f} s", flush=True)
         failed += [part] if done.returncode else []
     if Path("README.md").is_file() and arguments.output == RESULTS:
-        replace_section(Path("README.md"), table(RESULTS), START, END)
+        write(Path("README.md"), RESULTS)
     if failed:
         print(f"beyond a limit or failed: {', '.join(failed)}")
     return 1 if failed else 0
