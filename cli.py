@@ -181,8 +181,8 @@ def profile(
     also: Annotated[
         list[str] | None,
         typer.Option(
-            help="One more run, POLICY[:RATIO[:RECENT]][+SCHEME][+int8-kv|+int8-attention], e.g. absorb:1:3+w8a8; "
-            "repeatable."
+            help="One more run, POLICY[:RATIO[:RECENT]][+SCHEME][+int8-kv|+int8-attention][+compile|+cuda-graphs], "
+            "e.g. absorb:1:3+w8a8 or full+compile; repeatable."
         ),
     ] = None,
     mid: Annotated[bool, typer.Option(help="Also profile the mid geometry (random weights), where 8 bits pay.")] = True,

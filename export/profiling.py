@@ -12,17 +12,23 @@ from torch import nn
 
 from export.bundle import Bundle
 from ispa_deploy.attention_int8 import CodedAttention
-from ispa_deploy.errors import InputError, RunError
+from ispa_deploy.errors import InputError, RunError, known_names
 from ispa_deploy.linear import Linear
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions
 from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
+from ispa_deploy.profile.lane import Opener
+from ispa_deploy.profile.launched import compiled, graphed
+from ispa_deploy.profile.steady import SteadyStream
 from quant import SCHEMES, QuantisedLinear, quantise_, resolve
 from quant.audit import audit, complaints
 
 Say = Callable[[str], None]
 
+LAUNCHES: dict[str, Opener] = {"": SteadyStream.open, "compile": compiled, "cuda-graphs": graphed}
+"""What a run of `also` may say last -> how its stream is opened."""
+FORM = "POLICY[:RATIO[:RECENT]][+SCHEME][+int8-kv|+int8-attention][+compile|+cuda-graphs]"
 CACHES = {"": ("auto", "auto"), "int8-kv": ("int8", "auto"), "int8-attention": ("int8", "int8")}
 """What a run of `also` may say of its cache -> `kv_dtype` and `attention_dtype` of its stream."""
 
@@ -31,9 +37,10 @@ CACHES = {"": ("auto", "auto"), "int8-kv": ("int8", "auto"), "int8-attention": (
 class Compared:
     """What is compared beside the full cache: ISPA at `ratio` with `recent` frames, and the runs that `also` names.
 
-    `also`: `POLICY[:RATIO[:RECENT]][+SCHEME][+int8-kv|+int8-attention]`, for example `absorb:1:3+w8a8-int8` or
-    `sink-local`; `int8-attention` reads an int8 cache, `int8-kv` decodes it. A requested scheme
-    that did not run in 8 bits is a `RunError`; `allow_fallback` makes it a warning in the report.
+    `also`: each as `FORM` says, for example `absorb:1:3+w8a8-int8` or `sink-local`; `int8-attention` reads an int8
+    cache, `int8-kv` decodes it; `compile` and `cuda-graphs` are recorded by their kernels' names and have no cold
+    start. A requested scheme that did not run in 8 bits, or a launch that did not take, is a `RunError`;
+    `allow_fallback` makes it a warning in the report.
     """
 
     rounds: int = 7
@@ -66,11 +73,14 @@ def configurations(
     return made
 
 
-def _run(name: str, model: CausalWanDiT, options: StreamOptions, scheme: str) -> Configuration:
+def _run(name: str, model: CausalWanDiT, options: StreamOptions, scheme: str, launch: str = "") -> Configuration:
     def told(model: nn.Module) -> list[str]:
         return (complaints(model) if scheme != "none" else []) + _attention_complaints(model, options)
 
-    return Configuration(name=name, model=model, options=options, scheme=scheme, audit=audit, complaints=told)
+    return Configuration(
+        name=name, model=model, options=options, scheme=scheme, audit=audit, complaints=told, opener=LAUNCHES[launch],
+        starts=not launch, traced=bool(launch),
+    )  # fmt: skip
 
 
 def _attention_complaints(model: nn.Module, options: StreamOptions) -> list[str]:
@@ -84,18 +94,21 @@ def further(also: Sequence[str], floating: CausalWanDiT, eight: CausalWanDiT, sc
     """The configurations that `also` names; InputError for a text that names none."""
     made, models = [], {"none": floating, scheme: eight}
     for text in also:
-        options, wanted = _asked(text)
+        options, wanted, launch = _asked(text)
+        if launch == "cuda-graphs" and floating.device.type != "cuda":
+            raise InputError(f"--also '{text}': CUDA graphs need a CUDA device, this is {floating.device.type}")
         chosen = resolve(wanted, floating.device)[0].name
         if chosen not in models:
             models[chosen] = copy.deepcopy(floating)
             quantise_(models[chosen], SCHEMES[chosen])
-        made.append(_run(text, models[chosen], options, chosen))
+        made.append(_run(text, models[chosen], options, chosen, launch))
     return made
 
 
-def _asked(text: str) -> tuple[StreamOptions, str]:
-    """Options and scheme of one `POLICY[:RATIO[:RECENT]][+SCHEME][+int8-kv|+int8-attention]`."""
+def _asked(text: str) -> tuple[StreamOptions, str, str]:
+    """Options, scheme and launch of one run written as `FORM`."""
     what, *more = text.split("+")
+    launch = more.pop() if more and more[-1] in LAUNCHES else ""
     kv, attention = CACHES[more.pop() if more and more[-1] in CACHES else ""]
     policy, *numbers = what.split(":")
     try:
@@ -103,13 +116,15 @@ def _asked(text: str) -> tuple[StreamOptions, str]:
     except ValueError:
         numbers = ["", "", ""]
     if len(numbers) > 2 or len(more) > 1:
-        form = "POLICY[:RATIO[:RECENT]][+SCHEME][+int8-kv|+int8-attention]"
-        raise InputError(f"--also '{text}': expected {form}, for example absorb:1:3+w8a8")
+        raise InputError(f"--also '{text}': expected {FORM}, for example absorb:1:3+w8a8")
     options = StreamOptions(
         policy=policy, ratio=ratio, recent_frames=recent, kv_dtype=kv, attention_dtype=attention
     )  # fmt: skip
     options.policy_value()
-    return options, more[0] if more else "none"
+    scheme = more[0] if more else "none"
+    if scheme not in (*SCHEMES, "w8a8"):
+        raise known_names(f"scheme in --also {text}:", scheme, [*SCHEMES, "w8a8"])
+    return options, scheme, launch
 
 
 def _audited(report: dict[str, Any], allow_fallback: bool) -> dict[str, Any]:

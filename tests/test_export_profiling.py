@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 
 import quant
 from export.profiling import Compared, _audited, configurations, further
+from ispa_deploy.compiled import compile_
 from ispa_deploy.errors import InputError, RunError
+from ispa_deploy.graphs import PassGraphs
 from ispa_deploy.model import CausalWanDiT
-from ispa_deploy.profile.compare import compare
+from ispa_deploy.options import StreamOptions
+from ispa_deploy.profile import launched
+from ispa_deploy.profile.breakdown import LIMITS
+from ispa_deploy.profile.compare import Configuration, compare
+from tests.tape import Recorder
 from tests.tiny import SPEC, tiny_model
 
 
@@ -37,6 +44,10 @@ def test_further_runs_are_read_from_their_names(models: tuple[CausalWanDiT, Caus
     assert (plain.options.policy, plain.scheme, plain.model) == ("sink-local", "none", models[0])
     assert window.options.ratio == 0.25
     held, read = further(("absorb+int8-kv", "full+w8a8-int8+int8-attention"), *models, "w8a8-int8")
+    made = further(("full+compile", "absorb:1+w8a8-int8+int8-kv+compile"), *models, "w8a8-int8")
+    assert [run.opener for run in made] == [launched.compiled] * 2
+    assert all(run.traced and not run.starts for run in made)
+    assert made[1].options.kv_dtype == "int8"
     assert (held.scheme, held.options.kv_dtype, held.options.attention_dtype) == ("none", "int8", "auto")
     assert (read.scheme, read.options.kv_dtype, read.options.attention_dtype) == ("w8a8-int8", "int8", "int8")
     assert held.complaints is not None
@@ -47,7 +58,13 @@ def test_further_runs_are_read_from_their_names(models: tuple[CausalWanDiT, Caus
     )
 
 
-@pytest.mark.parametrize("text", ["absorb:x", "absorb:1:2:3", "nothing", "absorb:1:y+w8a8", "full+none+int4-kv"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "absorb:x", "absorb:1:2:3", "nothing", "absorb:1:y+w8a8", "full+none+int4-kv", "full+w9",
+        "full+compile+int8-kv",
+    ],
+)  # fmt: skip
 def test_a_run_that_means_nothing_is_refused_before_any_work(text: str) -> None:
     with pytest.raises(InputError):
         Compared(also=(text,)).check()
@@ -72,3 +89,61 @@ def test_a_scheme_that_did_not_run_is_an_error_unless_allowed() -> None:
     with pytest.raises(RunError, match=r"full\+w8a8.*simulated"):
         _audited(report, False)
     assert _audited(report, True) is report
+
+
+def _eagerly(monkeypatch: pytest.MonkeyPatch, backend: Any = "eager") -> None:
+    monkeypatch.setattr(launched, "compile_", lambda model: compile_(model, backend=backend))
+
+
+def test_a_compiled_run_is_recorded_by_its_kernels(
+    models: tuple[CausalWanDiT, CausalWanDiT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows close, its neighbours on the same model stay eager, and the report says what ran."""
+    _eagerly(monkeypatch)
+    runs = [*configurations(*models, "w8a8-int8")[:2], *further(("absorb+compile",), *models, "w8a8-int8")]
+    report = compare(runs, rounds=2, windows=())
+    run = report["runs"][-1]
+    assert "layers compiled with eager" in run["launch"]
+    assert not run["complaints"]
+    assert run["start"] is None
+    assert run["closing"]["sum_error"] <= LIMITS["sum_error"]
+    assert run["closing"]["unattributed_share"] <= LIMITS["unattributed_share"]
+    assert all(run["components"][row] > 0 for row in ("attention.kernel", "attention.cross", "linear.gemm"))
+    assert [other["launch"] for other in report["runs"][:-1]] == [None, None]
+    assert all(block.compiled is None for block in models[0].layers())
+
+
+def test_a_compiler_that_fails_is_an_error_unless_allowed(
+    models: tuple[CausalWanDiT, CausalWanDiT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    _eagerly(monkeypatch, broken)
+    runs = [*configurations(*models, "w8a8-int8")[:1], *further(("full+compile",), *models, "w8a8-int8")]
+    report = compare(runs, rounds=1, windows=())
+    with pytest.raises(RunError, match=r"full\+compile.*not compiled.*no compiler here"):
+        _audited(report, False)
+
+
+def test_replayed_passes_are_what_is_timed(
+    models: tuple[CausalWanDiT, CausalWanDiT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU a tape stands for the graphs: every pass of a timed chunk replays it, and its kernels are seen."""
+    monkeypatch.setattr(PassGraphs, "on", staticmethod(lambda cache: PassGraphs(Recorder())))
+    runs = [
+        *configurations(*models, "w8a8-int8")[:1],
+        Configuration(
+            name="graphs", model=models[0], options=StreamOptions(), opener=launched.graphed, starts=False, traced=True
+        ),
+    ]
+    run = compare(runs, rounds=2, windows=())["runs"][-1]
+    passes = len(SPEC.steps) + 1
+    assert f"{passes} passes recorded" in run["launch"]
+    assert not run["complaints"]
+    assert run["components"]["linear.gemm"] > 0
+
+
+def test_graphs_without_a_gpu_are_refused_before_any_work(models: tuple[CausalWanDiT, CausalWanDiT]) -> None:
+    with pytest.raises(InputError, match="need a CUDA device, this is cpu"):
+        further(("full+cuda-graphs",), *models, "w8a8-int8")

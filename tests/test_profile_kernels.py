@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from ispa_deploy.profile.recorder import CLOCKS
 from ispa_deploy.profile.steady import SteadyStream
 from ispa_deploy.regions import ROWS
 from tests.tiny import SPEC, tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
@@ -40,11 +44,50 @@ from tests.tiny import SPEC, tiny_model
         ("void at::native::(anonymous namespace)::distribution_elementwise_grid_stride_kernel", "overhead.sampler"),
         ("void potrf_alg2_reset_info", "overhead.solve"),
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "overhead.decode"),
+        ("graph_2_cpp_fused_gelu_view_1", "overhead.norm"),
+        ("graph_0_cpp_fused_add_mean_mul_pow_rsqrt_view_1", "overhead.norm"),
+        ("graph_2_cpp_fused__to_copy_abs_add_amax_clamp_min_div_gelu_linear_mul_ne_round_2", "linear.quantise"),
+        ("graph_0_cpp_fused__to_copy_abs_add_addcmul_amax_mul_native_layer_norm_ne_round_where_0", "overhead.norm"),
+        ("triton_red_fused__to_copy_abs_amax_div_gelu_round_3", "linear.quantise"),
+        ("ispa_attention", "attention.kernel"),
+        ("ispa_attention_int8", "attention.kernel"),
+        ("ispa_passage", "overhead.norm"),
+        ("ispa_rms", "overhead.norm"),
+        ("ispa_rotate", "overhead.rope"),
+        ("ispa_quantise", "linear.quantise"),
+        ("ispa_gelu_quantise", "linear.quantise"),
+        ("ispa_rescale", "linear.dequantise"),
+        ("ispa_quant::linear", "linear.gemm"),
+        ("ispa_linear_int8", "linear.gemm"),
+        ("ispa_sums_columns", "overhead.statistics"),
+        ("ispa_attention_room", "unattributed"),
         ("something_nobody_has_seen", "unattributed"),
     ],
 )
 def test_names_as_the_libraries_print_them(name: str, row: str) -> None:
     assert row_of(name) == row
+
+
+def test_every_kernel_of_ours_is_known() -> None:
+    """In Triton and in C, by what their sources define; what only says how much room is needed is no kernel."""
+    sources = [*ROOT.glob("ispa_deploy/triton_*.py"), ROOT / "quant" / "triton_kernels.py"]
+    triton = [name for path in sources for name in re.findall(r"@triton\.jit\ndef (_\w+_kernel)", path.read_text())]
+    native = [
+        name
+        for path in ROOT.glob("ispa_deploy/native/*.py")
+        for name in re.findall(r"\.(ispa_\w+)\(", path.read_text())
+        if not name.endswith("_room")
+    ]
+    assert len(triton) >= 5
+    assert len(native) >= 9
+    assert not [name for name in (*triton, *native) if row_of(name) == "unattributed"]
+
+
+def test_attention_over_coded_keys_takes_no_turn() -> None:
+    """A block of an int8 cache: its own keys, the coded past, the text."""
+    names = ["flash_fwd", "_attention_kernel", "flash_fwd", "flash_fwd", "ispa_attention_int8", "flash_fwd"]
+    rows = kernels.rows_of([Kernel(name, n, 1) for n, name in enumerate(names)])
+    assert rows == ["attention.kernel", "attention.kernel", "attention.cross"] * 2
 
 
 def test_every_pattern_stands_for_a_row() -> None:

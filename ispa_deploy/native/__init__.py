@@ -64,6 +64,24 @@ class _Refused(Exception):
     """Why there is no library, in a few words."""
 
 
+class Library(ctypes.CDLL):
+    """A shared library whose calls PyTorch's profiler sees under their names, as it sees operators."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+
+        class Seen(self._FuncPtr):  # type: ignore[name-defined, misc]
+            _flags_, _restype_ = self._FuncPtr._flags_, self._FuncPtr._restype_
+
+            def __call__(self, *arguments: object) -> object:
+                if not torch._C._autograd._profiler_enabled():
+                    return super().__call__(*arguments)
+                with torch.profiler.record_function(self.__name__):
+                    return super().__call__(*arguments)
+
+        self._FuncPtr = Seen
+
+
 def library(build: Build = MAIN) -> ctypes.CDLL | None:
     """The library, compiled and loaded on the first call."""
     return _load(build)[0]
@@ -78,7 +96,7 @@ def refusal(build: Build = MAIN) -> str | None:
 def _load(build: Build) -> tuple[ctypes.CDLL | None, str | None]:
     try:
         _check_machine(build)
-        return ctypes.CDLL(str(_compiled(build))), None
+        return Library(str(_compiled(build))), None
     except (_Refused, OSError, RuntimeError, subprocess.SubprocessError) as error:
         return None, str(error)
 

@@ -1,7 +1,8 @@
 """The same rows from a trace of kernels, where marks cannot be: inside of a compiled graph or a CUDA graph.
 
 A kernel belongs to a row by its name; patterns are tried in order. Self- and cross-attention run the same kernels, so
-they are told apart by their turn: a block calls the one, then the other. What no kernel covers is launch gaps, which
+they are told apart by their turn: a block calls the one, then the other. Attention over coded keys is known by its
+name; it goes on from attention over the chunk's own keys and takes no turn. What no kernel covers is launch gaps, which
 is `overhead.python`; a kernel that no pattern knows is unattributed, and the closing rules show it.
 """
 
@@ -23,21 +24,28 @@ _SELF, _CROSS, _GAP = "attention.kernel", "attention.cross", "overhead.python"
 _US_PER_MS, _NS_PER_MS = 1e3, 1e6
 
 PATTERNS: tuple[tuple[str, str], ...] = (
-    (_SELF, r"flash|fmha|sdpa|mem_?eff|efficient_attention|attn_?fwd|attention_forward|fused_attention"),
-    ("attention.merge", r"logaddexp|merge_states?|lse_merge"),
-    ("linear.quantise", r"quanti[sz]e(?!.*(mm|gemm|linear))|_amax_.*int8|dynamic_quant"),
-    ("linear.dequantise", r"dequant|scale_epilogue"),
+    (_SELF, r"^ispa_attention$|flash|fmha|sdpa|mem_?eff|efficient_attention|attn_?fwd|attention_forward|"
+            r"fused_attention"),
+    ("attention.merge", r"logaddexp|merge_states?|lse_merge|^_merge_kernel"),
+    ("overhead.statistics", r"^ispa_sums"),
+    # A fused norm keeps its row with the codes it ends in, a fused GELU does not: as `ispa_deploy.regions` has it.
+    ("overhead.norm", r"fused_\w*(layer_norm|rsqrt)\w*amax|fused_\w*amax\w*(layer_norm|rsqrt)"),
+    ("linear.quantise", r"quanti[sz]e(?!.*(mm|gemm|linear))|_amax_.*int8|dynamic_quant|fused_\w*amax"),
+    ("linear.dequantise", r"dequant|scale_epilogue|ispa_rescale"),
     ("overhead.solve", r"potrf|potrs|trsm|getrf|syevd|cusolver|cholesky|linalg|triangular_solve"),
     ("overhead.decode", r"conv\d?d|convolution|implicit_?gemm|wgrad|dgrad|winograd|upsample"),
     ("linear.gemm", r"gemm|gemv|nvjet|cutlass|cublas|xmma|addmm|_mm\b|::mm|::bmm|mm_kernel|triton_mm|tem_fused|"
-                    r"matmul|splitk|_linear_kernel|::linear|qlinear|int8_mm|scaled_mm|packed_linear"),
+                    r"matmul|splitk|_linear_kernel|^ispa_linear_int8$|::linear|qlinear|int8_mm|scaled_mm|packed_linear"),
     ("overhead.norm", r"::_to_copy\b|convert_element_type"),
     ("overhead.rope", r"rope|rotary|rotate|view_as_complex|complex|polar"),
     ("overhead.sampler", r"randn|normal_|distribution|philox"),
     ("attention.cache", r"memcpy|direct_copy|copy_kernel|::copy_|catarray|::cat\b|index_put|index_copy|::fill_|memset"),
-    ("overhead.norm", r"norm|gelu|silu|addcmul|modulat|elementwise|triton_(poi|red|per)|reduce|vectorized|"
+    ("overhead.norm", r"norm|gelu|silu|addcmul|modulat|elementwise|triton_(poi|red|per)|cpp_fused|reduce|vectorized|"
+                      r"ispa_(passage|rms)|"
                       r"::(add|sub|mul|div|mean|rsqrt|pow|sigmoid|lerp|neg|reciprocal|square|sum)\w*"),
 )  # fmt: skip
+_CODED = re.compile(r"^ispa_attention_int8$|^_attention_kernel")
+"""Self-attention over coded keys, in C and in Triton."""
 _COMPILED = tuple((row, re.compile(pattern, re.IGNORECASE)) for row, pattern in PATTERNS)
 
 
@@ -52,15 +60,18 @@ class Kernel:
 
 def row_of(name: str) -> str:
     """The row that a kernel's name stands for, attention as self-attention; `unattributed` where none does."""
+    if _CODED.search(name):
+        return _SELF
     return next((row for row, pattern in _COMPILED if pattern.search(name)), UNKNOWN)
 
 
 def rows_of(kernels: Iterable[Kernel]) -> list[str]:
-    """The row of each kernel in the order of their starts; every second attention is cross-attention."""
+    """The row of each kernel in the order of their starts; every second attention but those over coded keys is
+    cross-attention."""
     rows, turn = [], 0
     for kernel in kernels:
         row = row_of(kernel.name)
-        if row == _SELF:
+        if row == _SELF and not _CODED.search(kernel.name):
             row = (_SELF, _CROSS)[turn % 2]
             turn += 1
         rows.append(row)

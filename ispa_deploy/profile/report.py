@@ -148,7 +148,6 @@ def _run_row(lane: Lane, base: Lane, published: Lane | None, peak: dict[str, Any
     options, spec = lane.configuration.options, lane.configuration.model.spec
     run, reference, facts = lane.run, base.run, lane.facts
     price = lane.price
-    complaints = lane.configuration.complaints
     return {
         "name": lane.configuration.name,
         "policy": options.policy if lane is not published else PUBLISHED,
@@ -178,9 +177,16 @@ def _run_row(lane: Lane, base: Lane, published: Lane | None, peak: dict[str, Any
         "start": lane.start.to_dict() if lane.start else None,
         "roofline": roofline(_work(lane), run.components, peak),
         "layers": [{**row, "ms": ms} for row, ms in zip(facts["layers"], lane.layer_ms, strict=True)],
-        "complaints": complaints(lane.configuration.model) if complaints else [],
+        "launch": facts.get("launch"),
+        "complaints": _complaints(lane),
         "audit": facts["audit"],
     }
+
+
+def _complaints(lane: Lane) -> list[str]:
+    """What did not run as it was asked for: 8-bit layers and attention, a compiler, CUDA graphs."""
+    told, failure = lane.configuration.complaints, lane.facts.get("failure")
+    return [*(told(lane.configuration.model) if told else []), *([lane.facts["launch"]] if failure else [])]
 
 
 def _work(lane: Lane) -> dict[str, Work]:
