@@ -1,10 +1,11 @@
 /* Attention that reads keys and values as int8 codes with a scale per token and head, with log-sum-exp.
  *
  * Queries get codes of their own, a scale per token and head. Scores are integer products times both scales, the softmax
- * is float32, and weights times the values' scales become 16-bit integers that meet the values' codes: sums are int32
- * within a block of keys and float32 across blocks. The result may go on from attention over other keys (`before`),
- * which is an exact merge at no cost. Codes are packed once per call, byte for byte, in the order the products read them:
- *   keys   (head, LANES keys, D / GROUP, LANES, GROUP)      values  (head, 2 keys, D, 2)
+ * is float32, and weights times the values' scales become integers that meet the values' codes, in units of the largest
+ * in their block of keys: 255 of them (VNNI) or 32767 (AVX2). Sums are int32 within a block and float32 across blocks;
+ * the softmax's total is that of the weights before they are rounded. The result may go on from attention over other
+ * keys (`before`), an exact merge at no cost. Codes are packed once per call, byte for byte, as the products read them:
+ *   keys   (head, LANES keys, D / GROUP, LANES, GROUP)      values  (head, SHARE keys, D, SHARE)
  * Then every block of QUERY_BLOCK queries walks the keys KEY_BLOCK at a time, ROWS queries in registers.
  */
 #include <immintrin.h>
@@ -16,29 +17,39 @@
 
 #define ROWS 6
 #define QUERY_BLOCK 78
-#define KEY_BLOCK 256 /* 32767 * 127 * 256 fits int32 */
 #define WIDEST 128
-#define TOP 32767.0f
 #define INLINE static inline __attribute__((always_inline))
 
 #ifdef __AVX512VNNI__
 /* Bytes of keys are unsigned, 128 above their codes: every sum starts with -128 times the query's codes. */
 #define GROUP 4
+#define SHARE 4
 #define WIDE 4 /* registers of keys, or of columns, at a time */
 #define OFFSET 128
+#define KEY_BLOCK 128 /* few keys share a unit, so few weights are lost beside a large one */
+#define TOP 255.0f
 typedef int8_t QueryCode;
-INLINE Ints load_keys(const int8_t *k) { return load_bytes(k); }
+typedef uint8_t Weight;
+INLINE Ints load_codes(const int8_t *x) { return load_bytes(x); }
 INLINE Ints multiply(Ints sum, Ints keys, Ints query) { return dot4(sum, keys, query); }
+INLINE Ints weighed(Ints sum, Ints weights, Ints values) { return dot4(sum, weights, values); }
+INLINE void store_weights(Weight *to, Floats x) { store_uint8(to, x); }
 #else
 #define GROUP 2
+#define SHARE 2
 #define WIDE 2
 #define OFFSET 0
-typedef int16_t QueryCode;
-INLINE Ints load_keys(const int8_t *k) { return load_wide(k); }
+#define KEY_BLOCK 256 /* 32767 * 127 * 256 fits int32 */
+#define TOP 32767.0f
+typedef int16_t QueryCode, Weight;
+INLINE Ints load_codes(const int8_t *x) { return load_wide(x); }
 INLINE Ints multiply(Ints sum, Ints keys, Ints query) { return dot2(sum, keys, query); }
+INLINE Ints weighed(Ints sum, Ints weights, Ints values) { return dot2(sum, weights, values); }
+INLINE void store_weights(Weight *to, Floats x) { store_int16(to, x); }
 #endif
 
 #define TILE (WIDE * LANES)
+#define LOG_TOP log2f(TOP)
 
 /* Without it gcc moves sums to memory and back in the innermost loops. */
 INLINE Ints keep_here(Ints x) {
@@ -59,7 +70,7 @@ typedef struct {
   void *out;
   float *lse;
   int8_t *packed_k, *packed_v;
-  float *scales_k, *scales_v, *peaks; /* (lane, keys) twice, (lane, 2): largest scale of the values, NaN or 0 */
+  float *scales_k, *logs_v, *shares_v, *poisons; /* (lane, keys) three times, (lane, 2): NaN or 0 for values, keys */
   int64_t batch, heads, queries, keys, width, wide;
   Strides at_q, at_k, at_k_scale, at_v, at_v_scale;
   float scale; /* of scores, in powers of two */
@@ -68,7 +79,7 @@ typedef struct {
 /* What one block of queries of one head holds while it walks the keys. */
 typedef struct {
   QueryCode codes[QUERY_BLOCK * WIDEST];
-  float factor[QUERY_BLOCK], poison[QUERY_BLOCK], reference[QUERY_BLOCK], total[QUERY_BLOCK];
+  float factor[QUERY_BLOCK], poison[QUERY_BLOCK], reference[QUERY_BLOCK], total[QUERY_BLOCK * LANES];
   int32_t start[QUERY_BLOCK];
   float out[QUERY_BLOCK * WIDEST];
 } Block;
@@ -104,36 +115,37 @@ static void pack_keys(const int8_t *k, int64_t row, int64_t keys, int width, int
 
 static void pack_values(const int8_t *v, int64_t row, int64_t keys, int width, int8_t *to) {
   static const int8_t zeros[WIDEST];
-  for (int64_t n = 0; n < padded(keys); n += 2, to += 2 * width) {
-    const int8_t *a = n < keys ? v + n * row : zeros, *b = n + 1 < keys ? v + (n + 1) * row : zeros;
-    for (int d = 0; d < width; d++) to[2 * d] = a[d], to[2 * d + 1] = b[d];
+  for (int64_t n = 0; n < padded(keys); n += SHARE, to += SHARE * width) {
+    const int8_t *from[SHARE];
+    for (int g = 0; g < SHARE; g++) from[g] = n + g < keys ? v + (n + g) * row : zeros;
+    for (int d = 0; d < width; d++)
+      for (int g = 0; g < SHARE; g++) to[SHARE * d + g] = from[g][d];
   }
 }
 
-/* float16 scales -> float32, 0 behind the end and in place of what is not finite. Returns 0, or NaN for such a one. */
-static float unpack_scales(const uint16_t *x, int64_t row, int64_t keys, float *to) {
-  float poison = 0;
-  for (int64_t n = 0; n < padded(keys); n++) {
-    const float scale = n < keys ? _cvtsh_ss(x[n * row]) : 0;
-    const float lost = scale * 0.0f;
-    poison += lost;
-    to[n] = isnan(lost) ? 0 : scale;
-  }
-  return poison;
+/* A float16 scale -> float32, 0 in place of what is not finite, which leaves NaN in `poison`. */
+static inline float unpack_scale(uint16_t x, float *poison) {
+  const float scale = _cvtsh_ss(x), lost = scale * 0.0f;
+  *poison += lost;
+  return isnan(lost) ? 0 : scale;
 }
 
 static void pack(const Call *c, int64_t item, int64_t head) {
   const int64_t lane = item * c->heads + head, room = padded(c->keys), width = c->width;
-  float *scales = c->scales_v + lane * room, top = 0;
   pack_keys(c->k + item * c->at_k.item + head * c->at_k.head, c->at_k.row, c->keys, (int)width, c->packed_k + lane * room * width);
   pack_values(c->v + item * c->at_v.item + head * c->at_v.head, c->at_v.row, c->keys, (int)width, c->packed_v + lane * room * width);
-  const Strides k = c->at_k_scale, v = c->at_v_scale;
-  c->peaks[2 * lane + 1] = unpack_scales(c->k_scale + item * k.item + head * k.head, k.row, c->keys, c->scales_k + lane * room);
-  const float poison = unpack_scales(c->v_scale + item * v.item + head * v.head, v.row, c->keys, scales);
-  for (int64_t n = 0; n < room; n++) top = scales[n] > top ? scales[n] : top;
-  const float share = top > 0 ? TOP / top : 0;
-  for (int64_t n = 0; n < room; n++) scales[n] *= share;
-  c->peaks[2 * lane] = top + poison;
+  const uint16_t *of_k = c->k_scale + item * c->at_k_scale.item + head * c->at_k_scale.head;
+  const uint16_t *of_v = c->v_scale + item * c->at_v_scale.item + head * c->at_v_scale.head;
+  float *scale = c->scales_k + lane * room, *log = c->logs_v + lane * room, *share = c->shares_v + lane * room;
+  float *poison = c->poisons + 2 * lane;
+  poison[0] = poison[1] = 0;
+  for (int64_t n = 0; n < room; n++) {
+    scale[n] = share[n] = 0, log[n] = -INFINITY; /* behind the end: no weight, and nothing in the total */
+    if (n >= c->keys) continue;
+    scale[n] = unpack_scale(of_k[n * c->at_k_scale.row], poison + 1);
+    const float found = unpack_scale(of_v[n * c->at_v_scale.row], poison), size = found > 0 ? found : 0x1p-60f;
+    log[n] = log2f(size), share[n] = 1 / size;
+  }
 }
 
 /* One query (width numbers) -> codes; its factor to scores, and 0, or NaN where it is not finite. */
@@ -159,15 +171,18 @@ static void code_query(const Call *c, int64_t from, Block *b, int r) {
   b->start[r] = -OFFSET * sum;
 }
 
-/* Scores of ROWS queries with `count` keys into s (ROWS, KEY_BLOCK), not yet times the queries' factors. */
-INLINE void scores(const QueryCode *const q[ROWS], const int32_t start[ROWS], const int8_t *k, const float *scales, int count, int width, float *s) {
+/* Scores of ROWS queries with `count` keys into s (ROWS, KEY_BLOCK): logarithms of weights times the values' scales. The
+ * largest of each row into `top`. */
+INLINE void scores(const QueryCode *const q[ROWS], const int32_t start[ROWS], const float factor[ROWS], const int8_t *k, const float *scales, const float *logs, int count, int width, float *s, float *top) {
+  Floats highest[ROWS];
+  for (int i = 0; i < ROWS; i++) highest[i] = every(-INFINITY);
   for (int n = 0; n < count; n += TILE, k += TILE * width) {
     Ints sum[ROWS][WIDE];
     for (int i = 0; i < ROWS; i++)
       for (int j = 0; j < WIDE; j++) sum[i][j] = every_int(start[i]);
     for (int d = 0; d < width / GROUP; d++) {
       Ints key[WIDE];
-      for (int j = 0; j < WIDE; j++) key[j] = load_keys(k + ((int64_t)j * (width / GROUP) + d) * LANES * GROUP);
+      for (int j = 0; j < WIDE; j++) key[j] = load_codes(k + ((int64_t)j * (width / GROUP) + d) * LANES * GROUP);
 #pragma GCC unroll 6
       for (int i = 0; i < ROWS; i++) {
         int32_t group;
@@ -178,83 +193,89 @@ INLINE void scores(const QueryCode *const q[ROWS], const int32_t start[ROWS], co
       }
     }
     for (int j = 0; j < WIDE; j++) {
-      const Floats scale = load(scales + n + j * LANES);
-      for (int i = 0; i < ROWS; i++) store(s + i * KEY_BLOCK + n + j * LANES, mul(as_floats(sum[i][j]), scale));
+      const Floats scale = load(scales + n + j * LANES), log = load(logs + n + j * LANES);
+      for (int i = 0; i < ROWS; i++) {
+        const Floats x = muladd(mul(as_floats(sum[i][j]), scale), every(factor[i]), log);
+        highest[i] = larger(highest[i], x);
+        store(s + i * KEY_BLOCK + n + j * LANES, x);
+      }
     }
   }
+  for (int i = 0; i < ROWS; i++) top[i] = largest(highest[i]);
 }
 
-/* out (rows, width) += weights (ROWS, KEY_BLOCK) x codes of values, in `groups` registers of columns. */
-INLINE void weigh_columns(const int16_t *p, const int8_t *v, int count, int width, const int groups, float *out, int rows) {
+/* out (rows, width) += unit of a row x its weights (ROWS, KEY_BLOCK) x codes of values, in `groups` registers of columns. */
+INLINE void weigh_columns(const Weight *p, const float *unit, const int8_t *v, int count, int width, const int groups, float *out, int rows) {
   Ints sum[ROWS][WIDE];
   for (int i = 0; i < ROWS; i++)
     for (int j = 0; j < groups; j++) sum[i][j] = every_int(0);
-  for (int n = 0; n < count / 2; n++) {
+  for (int n = 0; n < count / SHARE; n++) {
     Ints value[WIDE];
-    for (int j = 0; j < groups; j++) value[j] = load_wide(v + (int64_t)n * 2 * width + 2 * j * LANES);
+    for (int j = 0; j < groups; j++) value[j] = load_codes(v + ((int64_t)n * width + j * LANES) * SHARE);
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++) {
-      int32_t pair;
-      memcpy(&pair, p + i * KEY_BLOCK + 2 * n, 4);
-      const Ints weight = every_int(pair);
+      int32_t few;
+      memcpy(&few, p + i * KEY_BLOCK + SHARE * n, 4);
+      const Ints weight = every_int(few);
 #pragma GCC unroll 4
-      for (int j = 0; j < groups; j++) sum[i][j] = keep_here(dot2(sum[i][j], weight, value[j]));
+      for (int j = 0; j < groups; j++) sum[i][j] = keep_here(weighed(sum[i][j], weight, value[j]));
     }
   }
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < groups; j++) {
       float *to = out + i * width + j * LANES;
-      store(to, add(load(to), as_floats(sum[i][j])));
+      store(to, muladd(as_floats(sum[i][j]), every(unit[i]), load(to)));
     }
 }
 
-INLINE void weigh(const int16_t *p, const int8_t *v, int count, int width, float *out, int rows) {
+INLINE void weigh(const Weight *p, const float *unit, const int8_t *v, int count, int width, float *out, int rows) {
   int c = 0;
-  for (; c + TILE <= width; c += TILE) weigh_columns(p, v + 2 * c, count, width, WIDE, out + c, rows);
-  if (c < width) weigh_columns(p, v + 2 * c, count, width, width % TILE / LANES, out + c, rows);
+  for (; c + TILE <= width; c += TILE) weigh_columns(p, unit, v + SHARE * c, count, width, WIDE, out + c, rows);
+  if (c < width) weigh_columns(p, unit, v + SHARE * c, count, width, width % TILE / LANES, out + c, rows);
 }
 
-/* Scores of one query -> weights times the values' scales, as integers; reference, total and output follow the maximum. */
-INLINE void soften(const float *s, const float *scales, int16_t *p, int count, Block *b, int r, int width) {
-  const Floats factor = every(b->factor[r]);
-  Floats top = every(-INFINITY);
-  for (int n = 0; n < count; n += LANES) top = larger(top, load(s + n));
-  const float highest = largest(top) * b->factor[r];
-  if (highest > b->reference[r]) {
-    const Floats fade = power_of_two(every(b->reference[r] - highest));
+/* Scores of one query, `top` the largest -> its weights as integers, their unit returned; reference, total and output
+ * follow the maximum. */
+INLINE float soften(const float *s, const float *shares, float top, Weight *p, int count, Block *b, int r, int width) {
+  float *total = b->total + r * LANES;
+  if (top > b->reference[r]) {
+    const Floats fade = power_of_two(every(b->reference[r] - top));
     float *out = b->out + r * width;
     for (int d = 0; d < width; d += LANES) store(out + d, mul(load(out + d), fade));
-    b->total[r] *= largest(fade);
-    b->reference[r] = highest;
+    store(total, mul(load(total), fade));
+    b->reference[r] = top;
   }
-  const Floats shift = every(-b->reference[r]);
+  const Floats shift = every(LOG_TOP - top);
   Floats sum = every(0);
   for (int n = 0; n < count; n += LANES) {
-    const Floats weight = power_of_two(muladd(load(s + n), factor, shift));
-    sum = add(sum, weight);
-    store_int16(p + n, mul(weight, load(scales + n)));
+    const Floats weight = power_of_two(add(load(s + n), shift));
+    sum = muladd(weight, load(shares + n), sum);
+    store_weights(p + n, weight);
   }
-  b->total[r] += sum_of(sum);
+  const Floats unit = power_of_two(every(top - b->reference[r] - LOG_TOP));
+  store(total, muladd(sum, unit, load(total)));
+  return first_of(unit);
 }
 
-/* Where attention over other keys left off; reference and totals in powers of two, outputs in units of `unit`. */
-static void begin(const Call *c, Block *b, int64_t target, int r, float unit) {
+/* Where attention over other keys left off; reference and totals in powers of two. */
+static void begin(const Call *c, Block *b, int64_t target, int r) {
   const int width = (int)c->width;
   float *out = b->out + r * width;
-  b->reference[r] = -INFINITY, b->total[r] = 0;
+  b->reference[r] = -INFINITY;
+  memset(b->total + r * LANES, 0, sizeof(float) * LANES);
   memset(out, 0, sizeof(float) * width);
   if (c->lse_before == NULL || c->lse_before[target] == -INFINITY) return;
-  b->reference[r] = c->lse_before[target] * 1.4426950408889634f, b->total[r] = 1;
-  const float share = unit > 0 ? 1 / unit : 0;
+  b->reference[r] = c->lse_before[target] * 1.4426950408889634f, b->total[r * LANES] = 1;
   for (int d = 0; d < width; d++) {
     const int64_t at = target * width + d;
-    out[d] = share * (c->wide ? ((const float *)c->out_before)[at] : of_bf16(((const uint16_t *)c->out_before)[at]));
+    out[d] = c->wide ? ((const float *)c->out_before)[at] : of_bf16(((const uint16_t *)c->out_before)[at]);
   }
 }
 
-static void finish(const Call *c, const Block *b, int64_t target, int r, float unit, float poison) {
+static void finish(const Call *c, const Block *b, int64_t target, int r, const float poison[2]) {
   const int width = (int)c->width;
-  const float share = unit / b->total[r] + poison + b->poison[r];
+  const float total = sum_of(load(b->total + r * LANES));
+  const float share = 1 / total + poison[0] + poison[1] + b->poison[r];
   for (int d = 0; d < width; d++) {
     const float y = b->out[r * width + d] * share;
     const int64_t at = target * width + d;
@@ -263,43 +284,39 @@ static void finish(const Call *c, const Block *b, int64_t target, int r, float u
     else
       ((uint16_t *)c->out)[at] = to_bf16(y);
   }
-  c->lse[target] = (b->reference[r] + log2f(b->total[r])) * 0.6931471805599453f + poison + b->poison[r];
+  c->lse[target] = (b->reference[r] + log2f(total)) * 0.6931471805599453f + poison[1] + b->poison[r];
 }
 
 INLINE void query_block(const Call *c, int64_t item, int64_t head, int64_t first, const int width) {
   const int rows = (int)(c->queries - first < QUERY_BLOCK ? c->queries - first : QUERY_BLOCK);
   const int64_t lane = item * c->heads + head, room = padded(c->keys);
   const int8_t *k = c->packed_k + lane * room * width, *v = c->packed_v + lane * room * width;
-  const float *scales_k = c->scales_k + lane * room, *scales_v = c->scales_v + lane * room;
-  const float unit = c->peaks[2 * lane] / TOP, poison = c->peaks[2 * lane + 1];
+  const float *scales = c->scales_k + lane * room, *logs = c->logs_v + lane * room, *shares = c->shares_v + lane * room;
   Block b;
   float s[ROWS * KEY_BLOCK];
-  int16_t p[ROWS * KEY_BLOCK];
+  Weight p[ROWS * KEY_BLOCK];
   for (int r = 0; r < rows; r++) {
     code_query(c, item * c->at_q.item + head * c->at_q.head + (first + r) * c->at_q.row, &b, r);
-    begin(c, &b, (item * c->queries + first + r) * c->heads + head, r, unit);
+    begin(c, &b, (item * c->queries + first + r) * c->heads + head, r);
   }
   for (int64_t key = 0; key < room; key += KEY_BLOCK) {
     const int count = (int)(room - key < KEY_BLOCK ? room - key : KEY_BLOCK);
-    const int real = (int)(c->keys - key < count ? c->keys - key : count);
     for (int r = 0; r < rows; r += ROWS) {
       const int mine = rows - r < ROWS ? rows - r : ROWS;
       const QueryCode *row[ROWS];
       int32_t start[ROWS];
+      float factor[ROWS], top[ROWS], unit[ROWS];
       for (int i = 0; i < ROWS; i++) {
         const int at = r + (i < mine ? i : 0);
-        row[i] = b.codes + at * width, start[i] = b.start[at];
+        row[i] = b.codes + at * width, start[i] = b.start[at], factor[i] = b.factor[at];
       }
-      scores(row, start, k + key * width, scales_k + key, count, width, s);
-      for (int i = 0; i < mine; i++) {
-        for (int n = real; n < count; n++) s[i * KEY_BLOCK + n] = -INFINITY;
-        soften(s + i * KEY_BLOCK, scales_v + key, p + i * KEY_BLOCK, count, &b, r + i, width);
-      }
-      for (int i = mine; i < ROWS; i++) memset(p + i * KEY_BLOCK, 0, sizeof(int16_t) * count);
-      weigh(p, v + key * width, count, width, b.out + r * width, mine);
+      scores(row, start, factor, k + key * width, scales + key, logs + key, count, width, s, top);
+      for (int i = 0; i < mine; i++) unit[i] = soften(s + i * KEY_BLOCK, shares + key, top[i], p + i * KEY_BLOCK, count, &b, r + i, width);
+      for (int i = mine; i < ROWS; i++) memset(p + i * KEY_BLOCK, 0, sizeof(Weight) * count);
+      weigh(p, unit, v + key * width, count, width, b.out + r * width, mine);
     }
   }
-  for (int r = 0; r < rows; r++) finish(c, &b, (item * c->queries + first + r) * c->heads + head, r, unit, poison);
+  for (int r = 0; r < rows; r++) finish(c, &b, (item * c->queries + first + r) * c->heads + head, r, c->poisons + 2 * lane);
 }
 
 static void block_of(const Call *c, int64_t item, int64_t head, int64_t first) {
@@ -313,7 +330,7 @@ static void block_of(const Call *c, int64_t item, int64_t head, int64_t first) {
 
 /* Bytes of scratch that a call needs. */
 int64_t ispa_attention_int8_room(int64_t batch, int64_t heads, int64_t keys, int64_t width) {
-  return batch * heads * (padded(keys) * (2 * width + 2 * (int64_t)sizeof(float)) + 2 * (int64_t)sizeof(float));
+  return batch * heads * (padded(keys) * (2 * width + 3 * (int64_t)sizeof(float)) + 2 * (int64_t)sizeof(float));
 }
 
 /* tensors: q, k, k_scale, v, v_scale, out, lse, room, out_before, lse_before; the last two NULL without other keys.
@@ -327,8 +344,8 @@ void ispa_attention_int8(void *const *tensors, const int64_t *sizes, float scale
   for (int i = 0; i < 5; i++) memcpy(strides[i], sizes + 6 + 3 * i, sizeof(Strides));
   c->scale = scale;
   const int64_t lanes = c->batch * c->heads, room = padded(c->keys), blocks = (c->queries + QUERY_BLOCK - 1) / QUERY_BLOCK;
-  c->scales_k = tensors[7], c->scales_v = c->scales_k + lanes * room, c->peaks = c->scales_v + lanes * room;
-  c->packed_k = (int8_t *)(c->peaks + 2 * lanes), c->packed_v = c->packed_k + lanes * room * c->width;
+  c->scales_k = tensors[7], c->logs_v = c->scales_k + lanes * room, c->shares_v = c->logs_v + lanes * room;
+  c->poisons = c->shares_v + lanes * room, c->packed_k = (int8_t *)(c->poisons + 2 * lanes), c->packed_v = c->packed_k + lanes * room * c->width;
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
