@@ -20,7 +20,7 @@ from quant.kernels import QuantisedRows
 from quant.linear import QuantisedLinear
 from tests.tiny import SPEC
 
-FRAMES, TOKENS = 2, 3
+FRAMES, TOKENS = 2, 40  # enough that two ways of rounding differ by less than 5 % by chance
 
 
 def _alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def _doubled(given: Any) -> Any:
     return given.double() if isinstance(given, Tensor) else tuple(map(_doubled, given))
 
 
-def check_layer(layer: FusedLayer, monkeypatch: pytest.MonkeyPatch, slack: float = 1.05) -> None:
+def check_layer(layer: FusedLayer, monkeypatch: pytest.MonkeyPatch) -> None:
     """As near to float64 fused as apart, every linear counted, and corrections of `o` carried either way."""
     for mode in (None, "requant", "side", "fold"):
         nothing = torch.zeros(SPEC.dim, SPEC.dim, device=layer.x.device)
@@ -82,7 +82,7 @@ def check_layer(layer: FusedLayer, monkeypatch: pytest.MonkeyPatch, slack: float
         (fused, counts), (apart, expected) = layer.run(), layer.apart(monkeypatch)
         assert fused.dtype == apart.dtype == layer.x.dtype
         assert not torch.equal(fused, apart), "nothing was fused"
-        assert layer.error(fused) <= slack * layer.error(apart) < 0.05
+        assert layer.error(fused) <= 1.05 * layer.error(apart) < 0.05
         assert counts == expected
     layer.block.self_attn.o.set_delta(None)
 
