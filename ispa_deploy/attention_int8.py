@@ -3,7 +3,7 @@
 Legend: B batch, Q queries, K keys, H heads, D head width. A query gets int8 codes of its own, on the fly, with one
 scale per token and head, so a score is an integer product times two scales; softmax and sums are float32. A weight
 times its value's scale meets the value's codes. `plain` defines this arithmetic; the kernels differ from it in how they
-round weights: to 16-bit integers in C, to bfloat16 in Triton.
+round weights: to 8-bit integers per 128 keys on AVX512-VNNI, to 16-bit ones on AVX2, to bfloat16 in Triton.
 
 Keys are not smoothed (SageAttention takes their mean off): what a channel far from 0 costs, it costs in the cache's
 codes already, and the queries' codes add little to it (docs/log.md).

@@ -6,6 +6,7 @@
     D  C with 8-bit linear layers
     E  all layers local with one recent chunk (ratio 1), 8-bit linear layers
     C8 and D8  C and D with keys, values and full layers' attention in 8 bits
+    F  D8 with three quarters of the layers local (ratio 0.75)
 
 Steady chunks on pre-filled caches with random weights. Every round runs each of them once plain and once recorded, in
 rotating order; a ratio is the median over rounds of the ratio of neighbours. Exits 1 when a ratio misses its bar.
@@ -40,7 +41,7 @@ from tests.bench.published import SteadyPublished
 # What the ratios are held to on a CPU at the geometry `mid`.
 BARS = {"A/B": 1.40, "A/C": 1.6, "A/D": 2.0, "A/E": 2.1, "B/C": 1.15, "B/D": 1.45, "B/E": 1.50}
 # 8-bit attention must cost nothing, and is meant to gain.
-BARS |= {"C/C8": 1.0, "D/D8": 1.0, "A/D8": 2.0, "B/D8": 1.45}
+BARS |= {"C/C8": 1.0, "D/D8": 1.0, "A/D8": 2.0, "B/D8": 1.45, "B/F": 1.45}
 ATTENTION_BAR = 1.40  # B/C of the self-attention rows alone
 
 
@@ -67,7 +68,7 @@ class Rung:
 
 
 def rungs(geometry: str, device: str, rounds: int, layers: int | None, dtype: torch.dtype) -> list[Rung]:
-    """A to E, C8 and D8, each with its first chunk behind it."""
+    """A to F, C8 and D8, each with its first chunk behind it."""
     scheme, line = quant.resolve("w8a8", device)
     print(line, flush=True)
     spec = GEOMETRIES[geometry]
@@ -83,6 +84,7 @@ def rungs(geometry: str, device: str, rounds: int, layers: int | None, dtype: to
         "E": (eight, StreamOptions(policy="absorb", ratio=1.0, recent_frames=spec.chunk_frames)),
         "C8": (model, coded),
         "D8": (eight, coded),
+        "F": (eight, replace(coded, ratio=0.75)),
     }
     made = [Rung("A", model, SteadyPublished(model).step)]
     for name, (weights, asked) in options.items():
