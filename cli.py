@@ -311,11 +311,16 @@ def compare(
     json_only: JsonOpt = False,
 ) -> None:
     """Compare two profile reports; exit code 1 when a metric grew by more than --fail-on allows."""
-    from ispa_deploy.profile.diff import difference, grid, load
+    from ispa_deploy.profile.diff import compared_models, difference, grid, load
 
     document = difference(load(before), load(after), fail_on or ())
-    head, *rows = grid(document)
-    emit(document, json_only, None, lambda: print_table(head, rows))
+
+    def show() -> None:
+        head, *rows = grid(document)
+        typer.echo("; ".join(compared_models(document)))
+        print_table(head, rows)
+
+    emit(document, json_only, None, show)
     for line in (*document["notes"], *(f"failed: {text}" for text in document["failed"])):
         say(line)
     if document["failed"]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from threading import get_ident
 from typing import Protocol
 
 ROWS: dict[str, str] = {
@@ -56,11 +57,13 @@ class _Off:
 
 
 _recorder: Recorder | None = None
+_thread = 0
+"""The thread that installed the recorder: its time is accounted for, and what others do beside it owns none of it."""
 
 
 def region(name: str) -> AbstractContextManager[None]:
-    """Mark a stretch of code as one row of `ROWS`. The innermost mark owns the time."""
-    return _Off() if _recorder is None else _recorder.region(name)
+    """Mark a stretch of code as one row of `ROWS`. The innermost mark owns the time; marks of other threads are off."""
+    return _Off() if _recorder is None or get_ident() != _thread else _recorder.region(name)
 
 
 def recorded() -> bool:
@@ -70,9 +73,9 @@ def recorded() -> bool:
 
 def install(recorder: Recorder | None) -> None:
     """Marks go to `recorder` from now on; None: to nobody. Recorders do not stack: two would both claim the time."""
-    global _recorder
+    global _recorder, _thread
     assert recorder is None or _recorder is None, "a recorder is already installed"
-    _recorder = recorder
+    _recorder, _thread = recorder, get_ident()
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -88,6 +90,48 @@ def test_nested_time_goes_to_the_innermost_mark_once(burn: Callable[[float], flo
     right = sum(min(found[row], ms) for row, ms in model.truth.items())
     assert right >= 0.98 * total
     assert sum(found.values()) <= chunk.wall
+    assert chunk.sum_error <= LIMITS["sum_error"]
+
+
+class Tangled(Spinning):
+    """What real code does to marks: errors caught on the way out of some, a mark in a loop and in itself, and another
+    thread that marks its own work meanwhile."""
+
+    def forward(self) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(self._elsewhere)
+            for _ in range(3):
+                with suppress(ValueError), region("linear.quantise"):
+                    self.spend("linear.quantise", 2)
+                    with region("attention.merge"):
+                        self.spend("attention.merge", 2)
+                        raise ValueError("caught two marks further out")
+                self.spend("overhead.python", 1)
+                self._deep(4)
+            assert other.result() > 0
+
+    def _deep(self, levels: int) -> None:
+        with region("overhead.norm"):
+            self.spend("overhead.norm", 1)
+            if levels:
+                self._deep(levels - 1)
+
+    def _elsewhere(self) -> int:
+        """Some hundred marks; time that waits, so that it takes none from the thread that is watched."""
+        marks = 0
+        for marks in range(1, 101):
+            with region("overhead.decode"):
+                time.sleep(1e-4)
+        return marks
+
+
+def test_errors_recursion_and_other_threads_do_not_tangle_the_account() -> None:
+    model = Tangled(sleep)
+    chunk = chunk_of(model)
+    found = {**chunk.components, "unattributed": chunk.unattributed}
+    right = sum(min(found[row], ms) for row, ms in model.truth.items())
+    assert right >= 0.98 * sum(model.truth.values())
+    assert found["overhead.decode"] == 0
     assert chunk.sum_error <= LIMITS["sum_error"]
 
 

@@ -25,7 +25,8 @@ from ispa_deploy.profile.breakdown import Breakdown
 from ispa_deploy.profile.charts import _binned
 from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.csv import csv
-from ispa_deploy.profile.diff import METRICS, difference, load, threshold
+from ispa_deploy.profile.diff import METRICS, compared_models, difference, load, threshold
+from ispa_deploy.profile.diff import grid as difference_grid
 from ispa_deploy.profile.html import html
 from ispa_deploy.profile.lane import Lane, open_lane, record_blocks, take_turn
 from ispa_deploy.profile.paper import PAPER
@@ -411,6 +412,16 @@ def test_reports_that_cannot_be_compared_are_refused(report: dict[str, Any]) -> 
     del damaged["runs"][0]["families"]
     with pytest.raises(InputError, match="families"):
         difference([report], [damaged])
+
+
+def test_the_table_names_the_model_where_there_are_several(report: dict[str, Any]) -> None:
+    other = copy.deepcopy(report)
+    other["model"]["window"] += 1
+    one, two = difference([report], [report]), difference([report, other], [report, other])
+    assert len(compared_models(one)) == 1
+    assert difference_grid(one)[0] == ("run", "metric", "before", "after", "change")
+    assert difference_grid(two)[0][0] == "model"
+    assert len(difference_grid(two)) == 2 * len(difference_grid(one)) - 1
 
 
 @pytest.mark.parametrize(("name", "limit", "code"), [("slow", "8%", 1), ("slow", "20%", 0), ("none", "8%", 2)])

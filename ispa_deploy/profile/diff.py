@@ -80,13 +80,18 @@ def difference(
 
 
 def grid(document: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The rows as text, the heading first."""
+    """The rows as text, the heading first; without the first column where all are of one model (`compared_models`)."""
     lines: list[tuple[str, ...]] = [("model", "run", "metric", "before", "after", "change")]
     for row in document["rows"]:
         unit = _mib if row["metric"] in ("memory", "kv") else _ms
         change = "-" if row["change"] is None else f"{100 * row['change']:+.1f} %"
         lines.append((row["model"], row["run"], row["metric"], unit(row["before"]), unit(row["after"]), change))
-    return lines
+    return lines if len(compared_models(document)) > 1 else [line[1:] for line in lines]
+
+
+def compared_models(document: dict[str, Any]) -> list[str]:
+    """The models whose runs are compared."""
+    return list(dict.fromkeys(row["model"] for row in document["rows"]))
 
 
 def _runs(reports: Sequence[dict[str, Any]]) -> dict[Key, Run]:
@@ -128,7 +133,7 @@ def _notes(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) ->
     for when, reports in (("before", before), ("after", after)):
         count = sum(len(report.get("warnings", ())) for report in reports)
         if count:
-            notes.append(f"the report {when} has {count} warnings of its own about its numbers")
+            notes.append(f"the report {when} has {count} warning{'s' * (count > 1)} of its own about its numbers")
     return notes
 
 
