@@ -126,9 +126,9 @@ def _limit(report: Report, run: Run) -> str:
         return text
     ispa = next(run for run in report["runs"] if run["name"] == FIGURE_RUNS["overall"])
     return text + (
-        f"ISPA alone, with {100 * ispa['ratio']:.0f} % of the layers local, cannot gain more than "
-        f"{law['ceiling']:.2f}×: self-attention is {100 * law['attention_share']:.0f} % of the full cache's chunk and "
-        f"gets {law['attention_ceiling']:.2f}× faster at most."
+        f"With {100 * ispa['ratio']:.0f} % of the layers local (ISPA), self-attention gets "
+        f"{law['attention_ceiling']:.2f}× faster at most; it is {100 * law['attention_share']:.0f} % of the full "
+        f"cache's chunk, so that alone makes the chunk {law['ceiling']:.2f}× faster at most."
     )
 
 
