@@ -58,6 +58,7 @@ def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, err
     from rich.table import Table
 
     table = Table(*header)
+    table.columns[0].no_wrap = True  # names are there to be copied: a narrow terminal takes room from the others
     for row in rows:
         table.add_row(*row)
     Console(stderr=err).print(table)
@@ -80,17 +81,23 @@ def print_models(specs: Iterable[ModelSpec]) -> None:
         rows.append(
             (
                 spec.name,
-                f"{spec.layers} x {spec.dim}",
+                f"{spec.layers}x{spec.dim}",
                 str(spec.frame_tokens),
-                f"{spec.window_frames} / {spec.sink_frames} / {spec.chunk_frames}",
-                f"{full.weights / 1e9:.2f} / {ours.weights / 1e9:.2f}",
-                f"{full.kv / 1e9:.2f} / {ours.kv / 1e9:.2f}",
+                f"{spec.window_frames}/{spec.sink_frames}/{spec.chunk_frames}",
+                f"{_gigabytes(full.weights)}/{_gigabytes(ours.weights)}",
+                f"{_gigabytes(full.kv)}/{_gigabytes(ours.kv)}",
             )
         )
         notes.append(f"{spec.name}: {spec.source} ({spec.licence})")
     print_table(head, rows)
-    print("tokens per frame; GB in bfloat16 with the full cache / in W8A8 with half of the layers local")
+    print("layers x width; tokens of a latent frame; latent frames of the window / its sink / a chunk;")
+    print("GB in bfloat16 with the full cache / in W8A8 with half of the layers local")
     print("\n".join(notes))
+
+
+def _gigabytes(count: int) -> str:
+    """Three digits are enough to choose a card by."""
+    return f"{count / 1e9:.{1 if count >= 1e10 else 2}f}"
 
 
 def print_mapping(document: dict[str, Any]) -> None:

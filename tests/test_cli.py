@@ -333,8 +333,12 @@ def test_models_and_version() -> None:
     rows = command("models", "--json").document
     assert [row["name"] for row in rows] == list(SPECS)
     assert [rows[0]["bytes"][name]["weights"] // 10**6 for name in ("full", "ispa-0.5+w8a8")] == [2837, 1450]
-    listed = command("models").out
-    assert all(name in listed for name in SPECS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        listed = command("models").out
+    table = listed.split("layers x width")[0]
+    assert all(name in table for name in SPECS), "whole names, to be copied"
+    assert len(table.splitlines()) == 4 + len(SPECS), "one line each"
     assert "quantize" in command().out, "no arguments: the help"
 
 
