@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,16 +77,25 @@ def read_container(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"'{path}' does not exist or is no file: expected a torch file")
     try:
-        if not zipfile.is_zipfile(path):
-            return torch.load(path, map_location="cpu", weights_only=True)
-        # Nothing but names, shapes and places; torch's own mapping refuses a file larger than the memory.
-        return _filled(torch.load(path, map_location="meta", weights_only=True), mapped(path))
+        with warnings.catch_warnings(action="ignore"):  # of pickle protocols: what cannot be read is told below
+            if not zipfile.is_zipfile(path):
+                return torch.load(path, map_location="cpu", weights_only=True)
+            # Nothing but names, shapes and places; torch's own mapping refuses a file larger than the memory.
+            return _filled(torch.load(path, map_location="meta", weights_only=True), mapped(path))
     except UnpicklingError as error:
-        what = "holds objects that could run code" if "global" in str(error).lower() else "is not a whole torch file"
+        code = any(word in str(error).lower() for word in ("global", "operand", "instruction"))
+        what = "holds objects that could run code" if code else "is not a whole torch file"
         raise InputError(f"'{path}' {what}: expected plain tensors only; save its state dict as safetensors") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"'{path}' is not a whole torch file ({reason:.120}): copy it again") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError) as error:
+        raise InputError(f"'{path}' is not a whole torch file ({_reason(error)}): copy it again") from None
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of a library's error, where it says something."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    sentence = (str(error).splitlines() or [""])[0].partition(". ")[0]
+    return sentence if " " in sentence else type(error).__name__
 
 
 def _filled(held: Any, memory: mmap.mmap) -> Any:
@@ -115,6 +125,8 @@ def tensors_only(state: Any, where: str, expected: str) -> Mapping[str, Tensor]:
 def _unwrapped(loaded: Any, where: str) -> tuple[dict[str, Tensor], str]:
     """State dict under upstream's names, whatever it was wrapped in, and that wrapping."""
     held = loaded if isinstance(loaded, Mapping) else {}
+    if any("_lora" in str(name) or ".lora_A." in str(name) for name in held):
+        raise InputError(f"{where} is a LoRA: expected the checkpoint that it goes on; name this file by --lora")
     wrappers = [name for name in WRAPPERS if isinstance(held.get(name), Mapping)]
     state = tensors_only(
         held[wrappers[0]] if wrappers else loaded, where, f"a state dict, alone or under {', '.join(WRAPPERS)}"

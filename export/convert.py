@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from export.calibrate import UNKNOWN, UNSEEN, Activations, Known, learn
 from export.manifest import Source
 from export.onestep import report_errors
-from export.sources import NAMED, Say, Weights, empty, load_source, open_weights, quiet
+from export.prompts import check_texts
+from export.sources import NAMED, Say, Weights, empty, load_source, open_weights, quiet, spec_of
 from export.tensors import Entry
 from export.write import SHARD_BYTES, check_target, write_bundle, write_entries
 from ispa_deploy.model import CausalWanDiT
@@ -56,6 +57,9 @@ def quantise_source(
     check_target(out, overwrite)  # before minutes of work
     activations.check(scheme)
     spec = spec_for(model) if isinstance(model, str) else model
+    if activations.report or activations.needed_for(scheme):
+        kind = str(source) if str(source) in NAMED else "checkpoint"
+        check_texts(spec_of(source, spec), kind, activations.prompts, activations.reader)
 
     def load(told: Say) -> tuple[CausalWanDiT, Source]:
         return load_source(source, model=spec, dtype=dtype, seed=seed, lora=lora, lora_alpha=lora_alpha, say=told)

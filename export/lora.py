@@ -25,6 +25,8 @@ Shape = tuple[int, ...]
 # LongLive's file also holds the critic's adapter, which generates nothing.
 _CONTAINER = "generator_lora"
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
+# Models whose project publishes a base and an adapter that belongs on it.
+PUBLISHED = {"longlive-1.3b": "models/lora.pt", "liveavatar-14b": "liveavatar.safetensors"}
 # LiveAvatar, told by its audio modules, was trained with alpha 64; everyone else here with alpha = rank.
 _AUDIO, _AUDIO_ALPHA = "audio_injector.", 64.0
 

@@ -28,22 +28,34 @@ def text_rows(
     `path`: a text file of prompts, or safetensors with `prompt_embeds`; None: our own, for the demo and random weights
     (`kind` as `Source.kind`). `reader`: a text encoder, for models that need one.
     """
+    check_texts(spec, kind, path, reader)
     if path is not None and path.suffix == ".safetensors":
         return [read_prompt_embeds(path, spec)], hashlib.sha256(path.read_bytes()).hexdigest()
-    if path is None and spec.name != DEMO and kind != "random":
-        raise InputError(
-            f"model '{spec.name}' cannot be calibrated without prompts: pass --calibrate PROMPTS.txt, one per line"
-        )
     prompts = read_prompts(path) if path is not None else [pair.prompt for pair in demo_pairs(OWN_PROMPTS)]
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     if reader is not None:
         return reader(spec).rows(prompts), digest
-    if spec.name != DEMO and kind != "random":
+    return [built_in_rows(prompt, spec, kind) for prompt in prompts], digest
+
+
+def check_texts(spec: ModelSpec, kind: str, path: Path | None, reader: object | None) -> None:
+    """InputError where a model cannot stream what `text_rows` is asked for: before minutes of work, not after them."""
+    if spec.audio_blocks:
+        raise InputError(
+            f"calibration and --report with '{spec.name}': they stream prompts, and this model needs a voice and a "
+            "face as well; leave them out and take a scheme without calibration (w8a8-int8, w8a8-fp8)"
+        )
+    if path is not None and path.suffix == ".safetensors":
+        read_prompt_embeds(path, spec)
+    elif spec.name != DEMO and kind != "random" and path is None:
+        raise InputError(
+            f"model '{spec.name}' cannot be calibrated without prompts: pass --calibrate PROMPTS.txt, one per line"
+        )
+    elif spec.name != DEMO and kind != "random" and reader is None:
         raise InputError(
             f"model '{spec.name}' does not read prompts: add --text-encoder PATH, or pass --calibrate "
             f"FILE.safetensors with '{EMBEDS}' of shape (L, {spec.text_dim})"
         )
-    return [built_in_rows(prompt, spec, kind) for prompt in prompts], digest
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 import ispa_deploy.demo
 from export.checkpoints import Checkpoint, open_checkpoint
 from export.keymaps import recognise
-from export.lora import Lora, merge_lora_, read_lora
+from export.lora import PUBLISHED, Lora, merge_lora_, read_lora
 from export.manifest import Source, combined, file_digest
 from export.tensors import Shape, aligned, check_finite, check_names, check_shapes
 from ispa_deploy.errors import InputError
@@ -117,10 +117,24 @@ def open_weights(
     if adapter is not None:
         adapter.check(expected, spec.name)
         say(adapter.summary)
+    elif spec.name in PUBLISHED:
+        say(f"note: {spec.name} is published as a base and a LoRA ({PUBLISHED[spec.name]}): no --lora, the base alone")
     source = checkpoint.source(Path(path).absolute().name)
     if lora is not None and adapter is not None:
         source = with_lora(source, Path(lora), adapter)
     return Weights(spec, dtype or _usual_dtype(spec, stored), source, checkpoint, adapter)
+
+
+def spec_of(source: str | Path, spec: ModelSpec | None) -> ModelSpec:
+    """The spec that a source is of, from its headers alone; InputError as in `load_source`."""
+    if spec is not None:
+        return spec
+    if str(source) == "demo":
+        return SPECS["demo"]
+    if str(source) == "random":
+        raise _no_model()
+    checkpoint = open_checkpoint(Path(source))
+    return recognise(checkpoint.shapes, checkpoint.layout, checkpoint.where)[0]
 
 
 def with_lora(source: Source, file: Path, adapter: Lora) -> Source:
@@ -169,10 +183,14 @@ def _demo(spec: ModelSpec | None, dtype: torch.dtype | None) -> tuple[CausalWanD
 
 def _random(spec: ModelSpec | None, dtype: torch.dtype, seed: int) -> tuple[CausalWanDiT, Source]:
     if spec is None:
-        raise InputError(f"source random without --model: expected one of {', '.join(sorted(SPECS))}")
+        raise _no_model()
     # Never wider than it will be: in float32 first, the 14B geometry would take 57 GB.
     model = empty(spec).to(dtype).to_empty(device="cpu")
     return _ready(initialise_(model, seed)), Source("random", f"{spec.name}, seed {seed}")
+
+
+def _no_model() -> InputError:
+    return InputError(f"source random without --model: expected one of {', '.join(sorted(SPECS))}")
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -214,7 +214,7 @@ def check_target(folder: str | Path, overwrite: bool) -> Path:
     if folder.exists() and not (folder / MANIFEST).is_file():
         raise InputError(f"bundle '{folder}' exists and is no bundle: expected a new name or an older bundle")
     if folder.exists() and not overwrite:
-        raise InputError(f"bundle '{folder}' exists: choose another name or allow overwriting it")
+        raise InputError(f"bundle '{folder}' exists: choose another name, or replace it with --overwrite")
     return folder
 
 

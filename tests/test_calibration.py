@@ -172,6 +172,21 @@ def test_a_checkpoint_needs_prompts_it_can_read(tmp_path: Path) -> None:
     assert rows[0].shape == (1, SPEC.text_len, SPEC.text_dim)
 
 
+@pytest.mark.parametrize("given", [{"report": True}, {"smooth": "fold"}, {"keep_sensitive": 0.1}])
+def test_streams_that_cannot_be_are_refused_before_a_bundle_is_written(tmp_path: Path, given: dict[str, Any]) -> None:
+    """No prompts for a checkpoint; no voice and no face for speech to video."""
+    save_file(dict(the_model().state_dict()), tmp_path / "a.safetensors")
+    hears = replace(SHORT, name="hears", audio_blocks=(0,))
+    for source, spec, message in (
+        (tmp_path / "a.safetensors", SHORT, "without prompts: pass --calibrate"),
+        ("random", hears, "calibration and --report with 'hears': .* a voice and a face .*w8a8-int8"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            quantise_source(source, tmp_path / "b", scheme=INT8, model=spec, activations=Activations(**given))
+        assert "\n" not in str(caught.value)
+    assert [item.name for item in tmp_path.iterdir()] == ["a.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("scheme", "given", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -163,16 +164,46 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path: Path, legacy: 
     assert not (tmp_path / "pwned").exists()
 
 
+def test_a_pickle_of_a_newer_protocol_is_refused_without_other_lines(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Torch warns of the protocol, then stumbles over an instruction that only code needs."""
+    (tmp_path / "a.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "pwned"), protocol=4))
+    with pytest.raises(InputError, match=r"a\.pt' holds objects that could run code"):
+        load_source(tmp_path / "a.pt", model=TINY)
+    assert not recwarn.list
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_an_adapter_is_no_source(tmp_path: Path) -> None:
+    pair = {f"base_model.model.blocks.0.ffn.0.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    for held in (pair, {"generator_lora": pair, "critic_lora": pair, "step": 3}):
+        torch.save(held, tmp_path / "lora.pt")
+        with pytest.raises(InputError, match=r"lora\.pt' is a LoRA: .*name this file by --lora"):
+            load_source(tmp_path / "lora.pt")
+
+
 def write_truncated(path: Path) -> None:
     torch.save(state(), path)
     path.write_bytes(path.read_bytes()[:-500])
 
 
+def write_beginning(path: Path) -> None:
+    torch.save(state(), path)
+    path.write_bytes(path.read_bytes()[:5000])
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize(
     "damage",
-    [write_truncated, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"\0" * 999)],
-    ids=["truncated", "empty", "zeros"],
+    [
+        write_truncated,
+        write_beginning,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"\0" * 999),
+        lambda path: path.write_bytes(b"a page that says: no such file\n" * 9),
+    ],
+    ids=["truncated", "beginning", "empty", "zeros", "text"],
 )
 def test_a_damaged_file_is_one_line(tmp_path: Path, suffix: str, damage: Callable[[Path], object]) -> None:
     path = tmp_path / f"a{suffix}"

@@ -185,7 +185,7 @@ def _target(out: Path, to: Dialect, overwrite: bool) -> Iterator[tuple[Path, Pat
     """Where the result goes in the end, and where its weights are written now."""
     out = out.absolute()
     if out.exists() and not overwrite:
-        raise InputError(f"'{out}' exists: choose another name or allow overwriting it")
+        raise InputError(f"'{out}' exists: choose another name, or replace it with --overwrite")
     try:
         if to.folder is None:
             half = partial_path(output_path(out, ".safetensors", f"{to.name} export"))
