@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from ispa_deploy.graphs import PassGraphs
     from ispa_deploy.options import StreamOptions
     from ispa_deploy.run import Outputs
+    from ispa_deploy.specs import ModelSpec
     from ispa_deploy.stream import Stream
 
 app = typer.Typer(
@@ -146,26 +147,33 @@ def run(
 ) -> None:
     """Stream a video from a bundle: warm up, absorb, go on with less memory."""
     from export.initial import with_still
+    from export.manifest import read_manifest
     from export.scenes import read_scene
     from ispa_deploy.run import Outputs
 
-    options = stream.options()
+    options, spec = stream.options(), read_manifest(bundle).spec
     if machine.offload:
         options = replace(options, stats_device=options.stats_device or "cpu", offload=True)
-    opened = _accompanied(_open(bundle, machine, prompts.prompt_embeds), networks, machine.offload)
-    sounds = tuple(files.audio or ())
-    if sounds and files.out is None and not opened.spec.audio_blocks:
-        raise InputError(f"--audio '{sounds[0]}' without a video: name one with --out VIDEO.mp4, or leave it out")
-    sheet = files.out.with_suffix(".png") if files.sheet is None and files.out is not None else files.sheet
-    outputs = Outputs(files.out, sheet, files.latents, opened.pixel_scale, prompts.prompt, sounds)
-    image = None if opened.spec.audio_blocks else scene.image
+    image = None if spec.audio_blocks else scene.image
     if image is not None:
         options = with_still(options)
+    sounds = tuple(files.audio or ())
+    if sounds and files.out is None and not spec.audio_blocks:
+        raise InputError(f"--audio '{sounds[0]}' without a video: name one with --out VIDEO.mp4, or leave it out")
+    timeline = _timeline(prompts, spec, options)
+    opened = _accompanied(_open(bundle, machine, prompts.prompt_embeds), networks, machine.offload)
+    sheet = files.out.with_suffix(".png") if files.sheet is None and files.out is not None else files.sheet
+    outputs = Outputs(files.out, sheet, files.latents, opened.pixel_scale, prompts.prompt, sounds)
     given = read_scene(
         opened, options, image=None if image else scene.image, audio=sounds, audio_encoder=scene.audio_encoder,
         masks=scene.speaker_mask or (), pose=scene.pose,
     )  # fmt: skip
-    document = _run(opened, prompts, given, options, outputs, files, machine, image)
+    if not any((files.out, files.sheet, files.latents, files.save_deltas, stats, json_only)):
+        say("note: nothing is kept of this run: name --out VIDEO.mp4 or --latents FILE")
+    document = _run(
+        opened, timeline, given, options, outputs, files, machine, live=prompts.live, initial=prompts.initial,
+        image=image,
+    )  # fmt: skip
     emit(document, json_only, stats, lambda: print_run(document))
     if not document["complete"]:
         raise typer.Exit(INTERRUPTED)
@@ -256,9 +264,13 @@ def evaluate(
     stats: StatsOpt = None,
 ) -> None:
     """Compare absorption with full cache, no absorption, no sink and random layers on the demo model."""
+    from export.manifest import read_manifest
     from ispa_deploy.evaluate.command import run_evaluation
     from ispa_deploy.evaluate.table import markdown
 
+    name = read_manifest(bundle).spec.name
+    if name != "demo":
+        raise InputError(f"evaluate of '{name}': its metrics know the demo's scenes; expected a bundle of the demo")
     opened = _open(bundle, MachineFlags(device="cpu", dtype="float32", threads=threads))
     command = " ".join(["ispa-deploy", *sys.argv[1:]])
     document = run_evaluation(opened.model, count=pairs, frames=frames, readme=readme, command=command)
@@ -352,7 +364,7 @@ def demo(
             video=out / f"{policy}.mp4", sheet=out / f"{policy}.png", scale=opened.pixel_scale, label=policy
         )
         options = StreamOptions(frames=frames, seed=seed, policy=policy)
-        runs[policy] = _run(opened, PromptFlags(prompt), None, options, outputs, FileFlags(), machine)
+        runs[policy] = _run(opened, (prompt, []), None, options, outputs, FileFlags(), machine)
         print_run(runs[policy], err=True)
         if not runs[policy]["complete"]:
             raise KeyboardInterrupt
@@ -443,14 +455,33 @@ def _accompanied(bundle: Bundle, networks: NetworkFlags, offload: bool) -> Bundl
     )  # fmt: skip
 
 
+def _timeline(prompts: PromptFlags, spec: ModelSpec, options: StreamOptions) -> tuple[str, list[tuple[int, str]]]:
+    """The first prompt and (frame, later prompt); options, and where each prompt lands, are checked before anything is
+    loaded."""
+    from ispa_deploy.options import check_options
+    from ispa_deploy.prompts import cues, dropped, plan_prompts, read_prompts
+    from ispa_deploy.stream import plan_chunks
+
+    running = check_options(spec, options)
+    later = [switch_of(text, options.frames) for text in prompts.at or ()]
+    if prompts.prompts is not None:
+        later += read_prompts(prompts.prompts, options.frames)
+    first, later = plan_prompts(prompts.prompt, later)
+    planned = cues(first, later, plan_chunks(running, options.frames))
+    for line in dropped(later, planned):
+        say(f"note: {line}")
+    return first, later
+
+
 def _run(
-    bundle: Bundle, prompts: PromptFlags, scene: Scene | None, options: StreamOptions, outputs: Outputs,
-    files: FileFlags, machine: MachineFlags, image: Path | None = None,
+    bundle: Bundle, timeline: tuple[str, list[tuple[int, str]]], scene: Scene | None, options: StreamOptions,
+    outputs: Outputs, files: FileFlags, machine: MachineFlags, *, live: bool = False, initial: Path | None = None,
+    image: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     from export.deltas import load_deltas, save_deltas_of
     from export.initial import read_start
     from ispa_deploy.media.output import output_path
-    from ispa_deploy.prompts import LivePrompts, cues, plan_prompts, read_prompts
+    from ispa_deploy.prompts import LivePrompts, cues
     from ispa_deploy.run import run_stream, stop_on_interrupt
     from quant.audit import assert_ran, audit, slow_kernels
 
@@ -459,13 +490,10 @@ def _run(
         output_path(save_deltas, ".safetensors", "deltas")
         if outputs.latents is not None and save_deltas.absolute() == outputs.latents.absolute():
             raise InputError(f"--latents and --save-deltas are both '{save_deltas}': give them two names")
-    later = [switch_of(text, options.frames) for text in prompts.at or ()]
-    if prompts.prompts is not None:
-        later += read_prompts(prompts.prompts, options.frames)
-    first, later = plan_prompts(prompts.prompt, later)
+    first, later = timeline
     stored = load_deltas(files.deltas, base_sha256=bundle.base_sha256, spec=bundle.spec) if files.deltas else None
-    initial = read_start(prompts.initial, image, bundle, options)
-    stream = bundle.stream(first, options, deltas=stored, switches=later, initial=initial, scene=scene)
+    start = read_start(initial, image, bundle, options)
+    stream = bundle.stream(first, options, deltas=stored, switches=later, initial=start, scene=scene)
     coded = stream.cache.coded_attention
     simulated = coded.assert_runs(allow_fallback=machine.allow_fallback) if coded else []
     planned = cues(first, later, stream.chunks)
@@ -475,10 +503,10 @@ def _run(
         say(cue.line(len(stream.chunks)))
     for line in slow_kernels(bundle.model):
         say(f"note: {line}")
-    live = LivePrompts(sys.stdin.fileno(), bundle.text_rows, say) if prompts.live else None
+    typed = LivePrompts(sys.stdin.fileno(), bundle.text_rows, say) if live else None
     launched = _launched(stream, machine)
     with stop_on_interrupt() as stop, progress_bar() as show:
-        border = (lambda index: live.follow(stream, index)) if live else (lambda _: None)
+        border = (lambda index: typed.follow(stream, index)) if typed else (lambda _: None)
         document = run_stream(
             stream, outputs, on_progress=show, stop=stop, on_border=border, overlap=machine.overlap_decode
         )
@@ -493,7 +521,7 @@ def _run(
         say(f"warning: {warning}")
     return {
         "prompt": first,
-        "prompts": [cue.to_dict() for cue in (*planned, *(live.cues if live else ()))],
+        "prompts": [cue.to_dict() for cue in (*planned, *(typed.cues if typed else ()))],
         "seed": options.seed,
         "bundle": str(bundle.folder),
         **document,

@@ -37,7 +37,7 @@ from ispa_deploy.media.text import PromptReader
 from ispa_deploy.media.vae import WanVae
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.networks import network_of
-from ispa_deploy.options import StreamOptions, open_stream
+from ispa_deploy.options import StreamOptions, check_options, open_stream
 from ispa_deploy.specs import ModelSpec
 from ispa_deploy.stream import Decoder, Stream
 from quant.convert import empty_quantised_, prepare_, scheme_of
@@ -125,6 +125,7 @@ class Bundle:
         if deltas is not None:
             options = deltas.options(options)
             deltas.check(adapted(self.spec, options), options.kv_bias)
+        check_options(self.spec, options)
         first, *later = self._texts([prompt, *(text for _, text in switches)])
         decoder = self.decoder() if decode else None
         return open_stream(

@@ -27,7 +27,7 @@ from ispa_deploy.media.text import (
     umt5,
 )
 from ispa_deploy.media.vae import CHANNELS, WanVae, wan_vae
-from ispa_deploy.media.weights import fingerprint
+from ispa_deploy.media.weights import fingerprint, hushed
 from ispa_deploy.specs import ModelSpec
 from ispa_deploy.stream import Decoder
 
@@ -114,9 +114,9 @@ def open_vae(path: Path, spec: ModelSpec, device: torch.device, *, offload: bool
         )
     model = wan_vae(*_state(path, "VAE"))
     home = torch.device("cpu") if offload else device
-    return WanVae(
-        model.to(home, torch.float32 if device.type == "cpu" else torch.bfloat16), device if offload else None
-    )
+    with hushed():  # of a list of modules to keep in float32, which is empty
+        model = model.to(home, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    return WanVae(model, device if offload else None)
 
 
 def decoder_factory(name: str, weights: Path | None, device: torch.device) -> Callable[[], Decoder]:
@@ -132,11 +132,15 @@ def decoder_factory(name: str, weights: Path | None, device: torch.device) -> Ca
         made = getattr(importlib.import_module(module), attribute, None)
     except ImportError as error:
         raise InputError(f"--decoder '{name}': {error}; install the module or put its folder in PYTHONPATH") from None
-    if made is None:
-        raise InputError(f"--decoder '{name}': module '{module}' has no '{attribute}'; check the name")
+    if not callable(made):
+        raise InputError(f"--decoder '{name}': module '{module}' has no class '{attribute}'; check the name")
 
     def make() -> Decoder:
-        decoder: Decoder = made(weights) if weights is not None else made()
+        try:
+            decoder: Decoder = made(weights) if weights is not None else made()
+        except TypeError as error:
+            how = "with the path that --vae names" if weights is not None else "without arguments, and --vae names none"
+            raise InputError(f"--decoder '{name}' cannot be made {how}: {error}") from None
         if isinstance(decoder, nn.Module):
             decoder = decoder.to(device).eval()
         if not callable(decoder):

@@ -63,7 +63,7 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file() or path.stat().st_size > _MAX_BYTES:
         raise InputError(f"prompts '{path}': expected a text file with one prompt per line, at most 16 MiB")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise InputError(f"prompts '{path}': not UTF-8 text; expected one prompt per line") from None
     prompts = [line for line in lines if line and not line.startswith("#")]

@@ -27,3 +27,10 @@ def known_names(kind: str, given: str, known: object) -> InputError:
     """The error for a name that is not in a table: exact look-up, a miss lists what is there."""
     names = ", ".join(sorted(str(name) for name in known))  # type: ignore[attr-defined]
     return InputError(f"unknown {kind} '{given}': expected one of {names}")
+
+
+def reason_of(error: Exception, nothing: str) -> str:
+    """Why a file cannot be read, in the system's or a library's words; `nothing` where it lacks what was asked."""
+    if isinstance(error, (IndexError, StopIteration)):
+        return nothing
+    return (getattr(error, "strerror", None) or str(error)).partition("\n")[0]

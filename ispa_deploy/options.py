@@ -5,8 +5,9 @@ The CLI's flags, the profiler's configurations and the evaluation's variants are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from ispa_deploy.sampler import LEVELS, Sampler
 from ispa_deploy.stream import Decoder, NoiseSource, Stream, default_noise, plan_chunks
 
 if TYPE_CHECKING:
-    from ispa_deploy.delta import Delta
+    from ispa_deploy.delta import Delta, DeltaTarget
     from ispa_deploy.model import CausalWanDiT
     from ispa_deploy.specs import ModelSpec
 
@@ -146,24 +147,19 @@ def open_stream(
     `initial` latents (1, F, C, H, W) are handed out and remembered before generation starts; with a `strength` they are
     what every chunk starts from, noised. `scene`: sound and image, for a speech-to-video model and no other.
     """
-    policy = options.policy_value()
     if bool(model.spec.audio_blocks) != (scene is not None):
         wrong = "it needs sound and an image: give a scene" if scene is None else "it takes no scene: leave it out"
         raise InputError(f"model '{model.spec.name}': {wrong}")
-    if options.window is not None and not policy.own_window:
-        raise InputError("--window was given: expected --policy window with it")
-    spec = adapted(model.spec, options)
+    spec, policy = check_options(model.spec, options), options.policy_value()
     if policy.localises and len(text_rows) != 1:
         raise InputError(f"{len(text_rows)} prompts with policy '{policy.name}': expected one, run a stream for each")
-    check_length(spec, options.frames)
-    recent = options.recent_frames if policy.localises else 0
     with memory_errors(
         spec, lambda: setup_for(model, model.dtype, options), model.device, lambda: "while the caches are allocated"
     ):
-        cache = _cache(model, spec, options, batch=len(text_rows), recent=recent, sink=policy.sink)
-    if options.per_step and (scene is None or deltas is not None):
-        raise InputError("--per-step: expected a speech-to-video model and no --deltas, which hold one for all steps")
-    absorber = _absorber(model, cache, policy, options)
+        cache = _cache(spec, options, model.device, model.dtype, batch=len(text_rows))
+    if options.per_step and deltas is not None:
+        raise InputError("--per-step with --deltas: they hold one correction for all steps; leave one of them out")
+    absorber = _absorber([block.self_attn.o for block in model.layers()], cache, options, model.dtype)
     if deltas is not None:
         absorber.adopt(deltas)
     noise: NoiseSource = default_noise(spec, options.seed, batch=len(text_rows), device=model.device)
@@ -181,16 +177,36 @@ def open_stream(
     return AvatarStream(*common, scene=scene, distance=distance, online=options.online_reference)
 
 
-def _absorber(model: CausalWanDiT, cache: KVCache, policy: Policy, options: StreamOptions) -> Absorber:
+def check_options(spec: ModelSpec, options: StreamOptions) -> ModelSpec:
+    """The spec that a model's stream runs under; InputError for all that options alone tell to be wrong.
+
+    Nothing is allocated, so a slip is told before weights are loaded, and before text or sound is encoded.
+    """
+    if options.window is not None and not options.policy_value().own_window:
+        raise InputError("--window was given: expected --policy window with it")
+    if options.per_step and not spec.audio_blocks:
+        raise InputError(f"--per-step with '{spec.name}': expected a speech-to-video model; leave it out")
+    spec = adapted(spec, options)
+    check_length(spec, options.frames)
+    plan_chunks(spec, options.frames)
+    targets: list[Any] = [None] * spec.layers  # counted, not asked
+    cache = _cache(spec, replace(options, offload=False), torch.device("meta"), torch.bfloat16, batch=1)
+    _absorber(targets, cache, options, torch.bfloat16)
+    return spec
+
+
+def _absorber(
+    targets: Sequence[DeltaTarget], cache: KVCache, options: StreamOptions, dtype: torch.dtype
+) -> Absorber:
     """The stream's absorption: one correction for each layer, or one for each of its denoising steps."""
     return (PerStepAbsorber if options.per_step else Absorber)(
-        targets=[block.self_attn.o for block in model.layers()],
+        targets=targets,
         cache=cache,
-        policy=policy,
+        policy=options.policy_value(),
         settings=options.settings(),
         choice=Choice(ratio=options.ratio, layers=options.layers, seed=options.seed),
         mode=options.delta,
-        dtype=options.delta_dtype or model.dtype,
+        dtype=options.delta_dtype or dtype,
         stats_device=options.stats_device,
         spread=options.spread_solve,
         rank=options.delta_rank,
@@ -198,8 +214,11 @@ def _absorber(model: CausalWanDiT, cache: KVCache, policy: Policy, options: Stre
 
 
 def _cache(
-    model: CausalWanDiT, spec: ModelSpec, options: StreamOptions, *, batch: int, recent: int, sink: int
+    spec: ModelSpec, options: StreamOptions, device: torch.device, dtype: torch.dtype, *, batch: int
 ) -> KVCache:
+    """Keys and values of a stream, where `recent_frames` means something to its policy."""
+    policy = options.policy_value()
+    recent = options.recent_frames if policy.localises else 0
     if options.rope_table not in ROPE_TABLES:
         raise known_names("rope table", options.rope_table, ROPE_TABLES)
     if not spec.audio_blocks:
@@ -207,7 +226,7 @@ def _cache(
             flags = "--rope-table and --online-reference"
             raise InputError(f"{flags} with '{spec.name}': expected a speech-to-video model")
         return KVCache(
-            spec, batch=batch, dtype=model.dtype, device=model.device, recent=recent, local_sink=sink,
+            spec, batch=batch, dtype=dtype, device=device, recent=recent, local_sink=policy.sink,
             backend=options.backend, kv_dtype=options.kv_dtype, attention_dtype=options.attention_dtype,
             past_bias=options.kv_bias,
         )  # fmt: skip
@@ -218,7 +237,7 @@ def _cache(
     if options.attention_dtype != "auto":
         raise InputError(f"--attention-dtype {options.attention_dtype} with '{spec.name}': its rings are not coded")
     return AvatarCache(
-        spec, batch=batch, dtype=model.dtype, device=model.device, recent=recent, local_sink=sink,
+        spec, batch=batch, dtype=dtype, device=device, recent=recent, local_sink=policy.sink,
         backend=options.backend, half_table=options.rope_table == "fp16", offload=options.offload,
     )  # fmt: skip
 

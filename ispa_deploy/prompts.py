@@ -40,7 +40,7 @@ class Cue:
 def read_prompts(path: Path, frames: int) -> list[Switch]:
     """Switches of a text file: `FRAME: prompt` on each line; empty lines and those that begin with # are left out."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise InputError(f"--prompts '{path}' cannot be read ({reason}): expected lines of FRAME: prompt") from None
@@ -73,6 +73,21 @@ def cues(first: str, switches: Sequence[Switch], chunks: Sequence[tuple[int, int
             )
         landed[border[0]] = Cue(prompt, asked, *border)
     return [landed[index] for index in sorted(landed)]
+
+
+def dropped(switches: Sequence[Switch], planned: Sequence[Cue]) -> list[str]:
+    """A line for each prompt that another one pushed off its border."""
+    shown = {(cue.asked, cue.prompt) for cue in planned}
+    holds = {cue.frame: cue for cue in planned}
+    lines = []
+    for asked, prompt in switches:
+        if (asked, prompt) not in shown:
+            frame = min(start for start in holds if start >= asked)
+            lines.append(
+                f"prompt '{prompt}' at frame {asked} is never shown: '{holds[frame].prompt}' takes effect on the same "
+                f"border, frame {frame}"
+            )
+    return lines
 
 
 class LivePrompts:

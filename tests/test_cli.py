@@ -431,6 +431,36 @@ def test_a_bad_flag_is_one_line_and_leaves_no_file(
     assert not files(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--ratio", "1.5"), "ratio 1.5"),
+        (("--warmup", "4"), "warm-up of 4"),
+        (("--frames", "14"), "nearest is 15"),
+        (("--at", "14:late"), "last chunk begins at frame 12"),
+        (("--layers", "1,9"), "0 to 3"),
+        (("--kv-dtype", "int4"), "int4"),
+        (("--per-step",), "expected a speech-to-video model"),
+    ],
+)
+def test_options_are_refused_before_anything_is_loaded(
+    tiny: Path, tmp_path: Path, flags: tuple[str, ...], said: str
+) -> None:
+    """The manifest is enough: the weights, and encoders that do not exist, would be told next."""
+    shutil.copytree(tiny, tmp_path / "b")
+    (tmp_path / "b" / SHARD).unlink()
+    around = ("--text-encoder", "nowhere", "--vae", "nowhere")
+    refused(command("run", tmp_path / "b", "--frames", 15, "--json", *RUN, *around, *flags), said)
+    refused(command("run", tmp_path / "b", "--frames", 15, "--json", *RUN, *around), "is missing: the bundle lists it")
+
+
+def test_a_run_that_keeps_nothing_says_so(tiny: Path, tmp_path: Path) -> None:
+    bare = ("run", tiny, "--frames", 3, *RUN, "--policy", "full")
+    assert command(*bare).err == "note: nothing is kept of this run: name --out VIDEO.mp4 or --latents FILE\n"
+    for flags in (("--json",), ("--stats", tmp_path / "s.json"), ("--latents", tmp_path / "l.safetensors")):
+        assert command(*bare, *flags).err == ""
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there(tiny: Path) -> None:
     refused(stream(tiny, "--device", "cuda"), "device 'cuda'", "no GPU", "--device cpu")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ispa_deploy.errors import InputError, RunError
 from ispa_deploy.media import sheet, video
+from ispa_deploy.media.image import read_image
 from ispa_deploy.media.sheet import contact_sheet
 from ispa_deploy.media.video import VideoWriter, read_video
 
@@ -185,6 +186,19 @@ def test_read_only_folder_is_refused_before_any_frame() -> None:
 def test_bad_rate_and_scale_are_refused(tmp_path: Path, fps: float, scale: int) -> None:
     with pytest.raises(InputError, match="expected a"):
         VideoWriter(tmp_path / "v.mp4", fps=fps, scale=scale)
+
+
+def test_pictures_of_a_tilted_telephone_are_upright(tmp_path: Path) -> None:
+    """EXIF orientation 6: what is on top was written at the left."""
+    seen = np.zeros((48, 64, 3), np.uint8)
+    seen[:24], seen[:, :32, 2] = (200, 40, 40), 200
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    Image.fromarray(np.rot90(seen)).save(tmp_path / "i.jpg", quality=95, exif=tag)
+    found = read_image(tmp_path / "i.jpg", 48, 64)
+    torch.testing.assert_close(found, torch.from_numpy(seen).permute(2, 0, 1) / 255, atol=0.2, rtol=0)
+    Image.fromarray(seen).save(tmp_path / "plain.jpg", quality=95)
+    torch.testing.assert_close(read_image(tmp_path / "plain.jpg", 48, 64), found, atol=0.2, rtol=0)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a video"])

@@ -304,7 +304,10 @@ def test_what_cannot_be_used_is_refused_in_one_line(library: Any, tmp_path: Path
     [
         ("Stripes", "expected package.module:Class"),
         ("no.such.module:Class", "No module named.*PYTHONPATH"),
-        (f"{__name__}:Absent", "has no 'Absent'"),
+        (f"{__name__}:Absent", "has no class 'Absent'"),
+        ("os:path", "has no class 'path'"),
+        ("fractions:Decimal", "cannot be called"),
+        ("zipfile:ZipFile", "cannot be made without arguments, and --vae names none"),
         (f"{__name__}:not_callable", "cannot be called"),
     ],
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from export.bundle import stand_in_rows
 from ispa_deploy.errors import InputError
-from ispa_deploy.prompts import LivePrompts, cues, plan_prompts, read_prompts
+from ispa_deploy.prompts import LivePrompts, cues, dropped, plan_prompts, read_prompts
 from tests.test_cli import ROOT, RUN, command, refused, tiny_bundle
 from tests.tiny import SPEC, latents_of, tiny_model, tiny_stream
 
@@ -58,6 +58,22 @@ def test_a_prompt_lands_on_the_next_border() -> None:
 def test_frame_0_replaces_the_first_prompt() -> None:
     assert plan_prompts("one", [(6, "b"), (0, "a"), (3, "c")]) == ("a", [(3, "c"), (6, "b")])
     assert plan_prompts("one", []) == ("one", [])
+
+
+def test_a_prompt_that_another_one_displaces_is_told(tiny: Path) -> None:
+    switches = [(1, "two"), (3, "three"), (3, "four"), (9, "five")]
+    assert dropped(switches, cues("one", switches, CHUNKS)) == [
+        f"prompt '{lost}' at frame {frame} is never shown: 'four' takes effect on the same border, frame 3"
+        for lost, frame in (("two", 1), ("three", 3))
+    ]
+    assert not dropped([(4, "a"), (7, "b")], cues("one", [(4, "a"), (7, "b")], CHUNKS))
+    done = command("run", tiny, "--frames", 9, "--json", *RUN, "--policy", "full", "--at", "3:two", "--at", "2:three")
+    assert done.err.startswith("note: prompt 'three' at frame 2 is never shown: 'two' takes effect"), done.err
+
+
+def test_a_file_that_an_editor_began_with_a_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbf0: one\r\n6: two\r\n")
+    assert read_prompts(tmp_path / "p.txt", 15) == [(0, "one"), (6, "two")]
 
 
 def test_a_file_of_prompts_is_the_same_as_flags(tiny: Path, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ispa_deploy.errors import InputError
-from ispa_deploy.media.weights import check_finite, library
+from ispa_deploy.errors import InputError, reason_of
+from ispa_deploy.media.weights import check_finite, hushed, library
 
 if TYPE_CHECKING:
     import av
@@ -60,7 +60,7 @@ def read_audio(path: str | Path, rate: int = SAMPLE_RATE) -> Tensor:
 
 
 def _unreadable(path: str | Path, error: Exception) -> InputError:
-    reason = "it has no sound" if isinstance(error, IndexError) else str(error).partition("\n")[0]
+    reason = reason_of(error, "it has no sound")
     return InputError(f"audio '{path}' cannot be read ({reason}): expected a sound file, for example .wav")
 
 
@@ -131,11 +131,11 @@ def open_wav2vec2(folder: Path, device: torch.device | str = "cpu") -> AudioEnco
             f"audio encoder '{folder}': expected a folder with config.json (wav2vec2-large-xlsr-53-english)"
         )
     try:
-        with _quiet(transformers.utils.logging):  # it reports the head we leave out
+        with hushed(), _quiet(transformers.utils.logging):  # it reports the head we leave out
             model, found = transformers.Wav2Vec2Model.from_pretrained(
                 str(folder), local_files_only=True, output_loading_info=True, dtype=torch.float32
             )
-        extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(str(folder), local_files_only=True)
+            extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = f"{(str(error).splitlines() or ['?'])[0]:.120}"
         raise InputError(f"audio encoder '{folder}' cannot be read ({reason}): copy the whole folder again") from None

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ispa_deploy.errors import InputError
+from ispa_deploy.errors import InputError, reason_of
+from ispa_deploy.media.video import upright
 
 
 def read_image(path: str | Path, height: int, width: int) -> Tensor:
@@ -20,10 +21,9 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
 
     try:
         with av.open(str(path)) as container:
-            frame = next(container.decode(container.streams.video[0]))
-            picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+            picture = torch.from_numpy(upright(next(container.decode(container.streams.video[0]))))
     except (av.FFmpegError, OSError, IndexError, StopIteration, UnicodeError) as error:
-        reason = str(error).partition("\n")[0] or "it has no picture"
+        reason = reason_of(error, "it has no picture")
         raise InputError(f"image '{path}' cannot be read ({reason}): expected a picture, for example .png") from None
     return covering(picture.permute(2, 0, 1)[None].float() / 255, height, width)[0]
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ispa_deploy.errors import InputError, RunError
-from ispa_deploy.media.weights import fill, library, size_of
+from ispa_deploy.media.weights import fill, hushed, library, size_of
 
 WHAT = "a UMT5 encoder"
 ROWS = "prompt_embeds"
@@ -81,7 +81,9 @@ def umt5(state: Mapping[str, Tensor], where: str) -> nn.Module:
         return size_of(named, name, axis, where, WHAT)
 
     heads = size(f"{_LAYER}0.SelfAttention.relative_attention_bias.weight", 1)
-    config = transformers.UMT5Config(
+    with hushed():
+        kind = transformers.UMT5Config
+    config = kind(
         vocab_size=size(_SHARED, 0),
         d_model=size(_SHARED, 1),
         d_ff=size(f"{_LAYER}1.DenseReluDense.wi_0.weight", 0),
@@ -91,7 +93,7 @@ def umt5(state: Mapping[str, Tensor], where: str) -> nn.Module:
         relative_attention_num_buckets=size(f"{_LAYER}0.SelfAttention.relative_attention_bias.weight", 0),
         feed_forward_proj="gated-gelu",
     )
-    with torch.device("meta"):
+    with hushed(), torch.device("meta"):
         model: nn.Module = transformers.UMT5EncoderModel(config)
     fill(model, named, where, WHAT)
     return model
@@ -108,7 +110,8 @@ def open_tokeniser(folder: Path) -> Any:
         raise InputError(f"tokenizer '{folder}': expected a folder with {' or '.join(_TOKENISER_FILES)} (umt5-xxl's)")
     transformers = library("transformers", "the tokenizer")
     try:
-        tokeniser = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        with hushed():
+            tokeniser = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         raise InputError(f"tokenizer '{folder}' cannot be read ({_line(error)}): copy the whole folder again") from None
     if tokeniser.pad_token_id is None or tokeniser.eos_token_id is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ispa_deploy.errors import InputError
-from ispa_deploy.media.weights import fill, library, size_of
+from ispa_deploy.media.weights import fill, hushed, library, size_of
 
 WHAT = "the Wan 2.1 VAE"
 CHANNELS = 16
@@ -49,7 +49,7 @@ def wan_vae(state: Mapping[str, Tensor], where: str) -> Any:
     channels = size_of(state, "post_quant_conv.weight", 0, where, WHAT)
     if channels != CHANNELS:
         raise InputError(f"{where} has latents of {channels} channels: expected {CHANNELS}, {WHAT}")
-    with torch.device("meta"):
+    with hushed(), torch.device("meta"):
         model = diffusers.AutoencoderKLWan(
             base_dim=size_of(state, "encoder.conv_in.weight", 0, where, WHAT), z_dim=channels
         )

@@ -19,11 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ispa_deploy.errors import InputError, RunError
+from ispa_deploy.errors import InputError, RunError, reason_of
 from ispa_deploy.media.audio import AudioTrack
 from ispa_deploy.media.output import output_path, partial_path
 
 if TYPE_CHECKING:
+    import av
     from av.audio.stream import AudioStream
     from av.container import OutputContainer
     from av.video.stream import VideoStream
@@ -161,13 +162,20 @@ def read_video(path: str | Path) -> tuple[NDArray[np.uint8], float]:
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            frames = [upright(frame) for frame in container.decode(stream)]
             rate = stream.average_rate
     except (av.FFmpegError, OSError, IndexError) as error:
-        raise InputError(f"'{path}' cannot be read as a video ({error}): expected a playable file") from None
+        reason = reason_of(error, "it has no pictures")
+        raise InputError(f"'{path}' cannot be read as a video ({reason}): expected a playable file") from None
     if not frames or rate is None:
         raise InputError(f"'{path}' holds no frames: expected a playable video")
     return np.stack(frames).astype(np.uint8, copy=False), float(rate)
+
+
+def upright(frame: av.VideoFrame) -> NDArray[np.uint8]:
+    """(H, W, 3) as it is meant to be seen: telephones write sideways and say so."""
+    pixels = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+    return np.ascontiguousarray(np.rot90(pixels, round(getattr(frame, "rotation", 0) / 90)))
 
 
 def to_uint8(pixels: Tensor) -> NDArray[np.uint8]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,10 +20,22 @@ from ispa_deploy.errors import InputError
 _SAMPLE = 4096  # bytes of each tensor that go into its identity
 
 
+@contextmanager
+def hushed() -> Iterator[None]:
+    """No warnings in the log: libraries import others on first use, and tell of kernels that those did not find."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def library(name: str, what: str) -> Any:
     """The optional library `name`; InputError with the command that installs it when it is missing."""
     try:
-        return importlib.import_module(name)
+        with hushed():
+            return importlib.import_module(name)
     except ImportError as error:
         raise InputError(f"{what} needs {name} ({error}): pip install 'ispa-deploy[hf]'") from None
 
