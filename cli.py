@@ -168,12 +168,12 @@ def run(
         opened, options, image=None if image else scene.image, audio=sounds, audio_encoder=scene.audio_encoder,
         masks=scene.speaker_mask or (), pose=scene.pose,
     )  # fmt: skip
-    if not any((files.out, files.sheet, files.latents, files.save_deltas, stats, json_only)):
-        say("note: nothing is kept of this run: name --out VIDEO.mp4 or --latents FILE")
     document = _run(
         opened, timeline, given, options, outputs, files, machine, live=prompts.live, initial=prompts.initial,
         image=image,
     )  # fmt: skip
+    if not any((files.out, files.sheet, files.latents, files.save_deltas, stats, json_only)):
+        say("note: nothing was kept of this run: name --out VIDEO.mp4 or --latents FILE")
     emit(document, json_only, stats, lambda: print_run(document))
     if not document["complete"]:
         raise typer.Exit(INTERRUPTED)

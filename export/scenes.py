@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -93,30 +94,42 @@ def speaker_mask(path: Path, spec: ModelSpec) -> Tensor:
 
 
 def posed(path: Path, vae: WanVae, spec: ModelSpec, frames: int) -> Tensor:
-    """Latents (1, F, c, H, W) of a driving video, zeros, which mean no pose, from where it ends.
+    """Latents (1, F, c, H, W) of a driving video, and of black pictures, as upstream, from where it ends.
 
     A video is brought to the model's frame rate and cut as the image is. A clip is encoded by itself behind its first
-    picture once more, so that each latent frame is of the pictures that are spoken over it.
+    picture once more, so that each latent frame is of the pictures that are spoken over it. Given latents are followed
+    by zeros, which stand for no pose at all.
     """
     if path.suffix == ".safetensors":
-        return _as_long(read_latents(path, spec), frames)
+        latents = read_latents(path, spec)[:, :frames]
+        return F.pad(latents, (0, 0) * 3 + (0, frames - latents.shape[1]))
     if not path.is_file():
         raise InputError(f"--pose '{path}' does not exist: expected a video, or latents (.safetensors)")
     pictures, rate = read_video(path)
-    shown = resampled(torch.from_numpy(pictures), rate, spec.fps)[: frames * spec.temporal_stride]
-    usable = shown[: len(shown) // spec.temporal_stride * spec.temporal_stride]
-    if not len(usable):
+    shown = resampled(torch.from_numpy(pictures), rate, spec.fps)
+    if len(shown) < spec.temporal_stride:
         raise InputError(f"--pose '{path}' has {len(shown)} pictures: expected at least {spec.temporal_stride}")
+    height, width = (side * STRIDE for side in spec.latent_shape[1:])
+
+    @cache
+    def black(count: int) -> Tensor:
+        return _behind_its_first(torch.zeros(count, 3, height, width), vae)
+
     clips = []
-    for clip in usable.split(spec.window_frames * spec.temporal_stride):
-        pixels = covering(clip.permute(0, 3, 1, 2).float() / 255, *(side * STRIDE for side in spec.latent_shape[1:]))
-        clips.append(vae.encode(torch.cat([pixels[:1], pixels])[None])[:, 1:])
-    return _as_long(torch.cat(clips, 1), frames)
+    for start in range(0, frames, spec.window_frames):
+        count = min(spec.window_frames, frames - start) * spec.temporal_stride
+        clip = shown[start * spec.temporal_stride :][:count]
+        if len(clip):
+            pixels = covering(clip.permute(0, 3, 1, 2).float() / 255, height, width)
+            clips.append(_behind_its_first(F.pad(pixels, (0, 0) * 3 + (0, count - len(clip))), vae))
+        else:
+            clips.append(black(count))
+    return torch.cat(clips, 1)
 
 
-def _as_long(latents: Tensor, frames: int) -> Tensor:
-    """(1, F, c, H, W), cut or with zeros behind."""
-    return F.pad(latents[:, :frames], (0, 0) * 3 + (0, max(0, frames - latents.shape[1])))
+def _behind_its_first(pixels: Tensor, vae: WanVae) -> Tensor:
+    """Latents (1, n, c, H, W) of pictures (4 n, 3, h, w)."""
+    return vae.encode(torch.cat([pixels[:1], pixels])[None])[:, 1:]
 
 
 def still(vae: WanVae, pixels: Tensor) -> Tensor:

@@ -150,12 +150,13 @@ def open_stream(
     if bool(model.spec.audio_blocks) != (scene is not None):
         wrong = "it needs sound and an image: give a scene" if scene is None else "it takes no scene: leave it out"
         raise InputError(f"model '{model.spec.name}': {wrong}")
-    spec, policy = check_options(model.spec, options), options.policy_value()
+    spec, policy = adapted(model.spec, options), options.policy_value()
     if policy.localises and len(text_rows) != 1:
         raise InputError(f"{len(text_rows)} prompts with policy '{policy.name}': expected one, run a stream for each")
     with memory_errors(
         spec, lambda: setup_for(model, model.dtype, options), model.device, lambda: "while the caches are allocated"
     ):
+        check_options(model.spec, options)
         cache = _cache(spec, options, model.device, model.dtype, batch=len(text_rows))
     if options.per_step and deltas is not None:
         raise InputError("--per-step with --deltas: they hold one correction for all steps; leave one of them out")

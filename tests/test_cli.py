@@ -456,7 +456,7 @@ def test_options_are_refused_before_anything_is_loaded(
 
 def test_a_run_that_keeps_nothing_says_so(tiny: Path, tmp_path: Path) -> None:
     bare = ("run", tiny, "--frames", 3, *RUN, "--policy", "full")
-    assert command(*bare).err == "note: nothing is kept of this run: name --out VIDEO.mp4 or --latents FILE\n"
+    assert command(*bare).err == "note: nothing was kept of this run: name --out VIDEO.mp4 or --latents FILE\n"
     for flags in (("--json",), ("--stats", tmp_path / "s.json"), ("--latents", tmp_path / "l.safetensors")):
         assert command(*bare, *flags).err == ""
 
