@@ -4,14 +4,22 @@ Trajectories part within a few chunks, so nothing is compared frame by frame: ea
 warm-up and the demo's known world, and the means over prompt-seed pairs are compared. A metric's verdict is `within`
 where the 95 % interval of the difference (bootstrap over pairs) lies inside the margin, 2 % of the mean in floating
 point; `worse` or `better` where it lies beyond 0 on one side and not inside; else `open`: too few pairs to say.
+
+Long runs go in pieces: with `--parts FOLDER` every batch's metrics are kept there and not made again, by another recipe
+neither, and `--stop-after SECONDS` ends after the batch at hand (exit 3), to go on with the same command.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +42,10 @@ from quant import SCHEMES, assert_ran
 from quant.schemes import Scheme
 from quant.smooth import MODES
 
+Rows = list[dict[str, float]]
+
 WARMUP, MARGIN = 12, 0.02
+FULL = "float32"
 # Metrics of which more is worse; for the others less is.
 _COSTS = ("flicker",)
 _SHOWN = ("background_psnr", "flicker", "present", "shape", "shape_iou", "speed")
@@ -48,17 +59,55 @@ def videos(model: CausalWanDiT, pairs: list[Pair], frames: int, seed: int) -> Te
     return torch.stack([BlockCodec().decode(one) for one in latents])
 
 
-def reports(model: CausalWanDiT, pairs: list[Pair], frames: int, batch: int) -> list[dict[str, float]]:
+def report(model: CausalWanDiT, pairs: list[Pair], frames: int) -> Rows:
     """Every pair's metrics: of all frames after the warm-up, and under `late_` of the last fifth."""
-    rows = []
+    rows, late = [], frames - frames // 5
+    for pair, pixels in zip(pairs, videos(model, pairs, frames, pairs[0].seed), strict=True):
+        attributes = parse_prompt(pair.prompt)
+        whole = scene_report(pixels[WARMUP:], attributes, pixels[:WARMUP])
+        end = scene_report(pixels[late:], attributes, pixels[:WARMUP])
+        rows.append({name: whole[name] for name in _SHOWN} | {f"late_{name}": end[name] for name in _SHOWN})
+    return rows
+
+
+@dataclass
+class Arm:
+    """One model's videos, batch by batch, and where their metrics are kept."""
+
+    name: str
+    settings: dict[str, Any]
+    make: Callable[[], CausalWanDiT]
+    parts: Path | None
+    model: CausalWanDiT | None = None
+
+    def rows(self, pairs: list[Pair], frames: int, first: int) -> Rows:
+        """Of the batch that starts with pair `first`."""
+        kept = self.parts and self.parts / f"{self.name}-{first:05}.json"
+        asked = self.settings | {"first": first, "batch": len(pairs), "frames": frames, "seed": pairs[0].seed}
+        if kept and kept.exists():
+            found = json.loads(kept.read_text())
+            if found["settings"] != asked:
+                raise SystemExit(f"{kept}: made with {found['settings']}, expected {asked}; choose another --parts")
+            return list(found["rows"])
+        if self.model is None:
+            self.model = self.make()
+        rows = report(self.model, pairs, frames)
+        if self.name != FULL:
+            assert_ran(self.model)
+        if kept:
+            write_json(kept, {"settings": asked, "rows": rows})
+        return rows
+
+
+def run(arms: tuple[Arm, Arm], pairs: list[Pair], frames: int, batch: int, seconds: float) -> tuple[Rows, Rows] | None:
+    """Both arms' rows; None where the time was over first."""
+    began, rows = time.monotonic(), ([], [])  # type: tuple[float, tuple[Rows, Rows]]
     for first in range(0, len(pairs), batch):
-        part = pairs[first : first + batch]
-        for pair, pixels in zip(part, videos(model, part, frames, part[0].seed), strict=True):
-            attributes, late = parse_prompt(pair.prompt), frames - frames // 5
-            whole = scene_report(pixels[WARMUP:], attributes, pixels[:WARMUP])
-            end = scene_report(pixels[late:], attributes, pixels[:WARMUP])
-            rows.append({name: whole[name] for name in _SHOWN} | {f"late_{name}": end[name] for name in _SHOWN})
-        print(f"{len(rows)} of {len(pairs)} videos", file=sys.stderr, flush=True)
+        for arm, got in zip(arms, rows, strict=True):
+            if time.monotonic() - began > seconds:
+                return None
+            got += arm.rows(pairs[first : first + batch], frames, first)
+            print(f"{arm.name}: {len(got)} of {len(pairs)} videos", file=sys.stderr, flush=True)
     return rows
 
 
@@ -84,8 +133,8 @@ def quantised(scheme: Scheme, skip: list[str], activations: Activations) -> Caus
         return open_bundle(out).model
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print the table; 1 where a metric is worse."""
+def arguments_of(argv: list[str] | None) -> argparse.Namespace:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     parser.add_argument("--chunks", type=int, default=100)
@@ -95,15 +144,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="as in `quantize`")
     parser.add_argument("--smooth", choices=MODES, default="none", help="as in `quantize`")
     parser.add_argument("--keep-sensitive", type=float, default=0.0, metavar="SHARE", help="as in `quantize`")
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--parts", type=Path, metavar="FOLDER", help="keep each batch's metrics there, take what is there"
+    )
+    parser.add_argument("--stop-after", type=float, default=math.inf, metavar="SECONDS", help="of work; exit 3")
+    return parser.parse_args(argv)
+
+
+def arms_of(arguments: argparse.Namespace) -> tuple[Arm, Arm]:
+    """In floating point, and in 8 bits as asked."""
+    common = {"pairs": arguments.pairs, "threads": 1, "torch": torch.__version__}
+    recipe = {name: getattr(arguments, name) for name in ("scheme", "skip", "smooth", "keep_sensitive")}
+    slug = re.sub(r"[^\w.]+", "-", "-".join(str(value) for value in recipe.values() if value))
+    asked = Activations(smooth=arguments.smooth, keep_sensitive=arguments.keep_sensitive)
+    return (
+        Arm(FULL, common, lambda: load_source("demo", dtype=torch.float32)[0], arguments.parts),
+        Arm(
+            slug, common | recipe, lambda: quantised(SCHEMES[arguments.scheme], arguments.skip, asked), arguments.parts
+        ),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; 1 where a metric is worse, 3 where `--stop-after` ended it first."""
+    arguments = arguments_of(argv)
     torch.set_num_threads(1)
     pairs, frames = list(demo_pairs(arguments.pairs, seed=5)), 3 * arguments.chunks
-    floating, _ = load_source("demo", dtype=torch.float32)
-    asked = Activations(smooth=arguments.smooth, keep_sensitive=arguments.keep_sensitive)
-    eight = quantised(SCHEMES[arguments.scheme], arguments.skip, asked)
-    full = reports(floating, pairs, frames, arguments.batch)
-    ours = reports(eight, pairs, frames, arguments.batch)
-    assert_ran(eight)
+    arms = arms_of(arguments)
+    rows = run(arms, pairs, frames, arguments.batch, arguments.stop_after)
+    if rows is None:
+        return 3
+    full, ours = rows
     metrics = {
         name: judged(name, [row[name] for row in full], [row[name] for row in ours]) for name in full[0]
     }  # fmt: skip
