@@ -184,10 +184,10 @@ def test_an_8_bit_feed_forward_hands_on_quantised_rows(smooth: bool) -> None:
     if eight[0].gelu_into(x, eight[1]) is None:
         pytest.skip("this CPU multiplies eight bits by another kernel")
     before = [layer.calls for layer in eight]
-    fused = passes.feed_forward(eight[0], gelu, eight[1], x)
+    pending = passes.feed_forward(eight[0], gelu, eight[1], x)
+    fused = passes.add(torch.zeros(2, 1, 20, 64, dtype=BF16), pending).view(2, 20, 64)
     assert [layer.calls - count for layer, count in zip(eight, before, strict=True)] == [1, 1]
     apart = eight[1](gelu(eight[0](x)))
-    assert fused.shape == apart.shape
     assert fused.dtype == BF16
     assert float((fused - exact).norm()) <= 1.05 * float((apart - exact).norm())
     seen: list[Tensor] = []

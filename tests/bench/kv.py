@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         rows += times(eight, "w8a8", arguments.rounds)
     document = {
         "schema_version": 1,
-        "command": f"python -m tests.bench.kv --dtype {arguments.dtype} --linears {arguments.linears}",
+        "command": " ".join(["python -m tests.bench.kv", *(argv if argv is not None else sys.argv[1:])]),
         "env": environment(torch.device("cpu")),
         "times": rows,
         "errors": wrong,
