@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from export.bundle import Bundle
-from ispa_deploy.attention_int8 import CodedAttention
 from ispa_deploy.errors import InputError, RunError, known_names
 from ispa_deploy.linear import Linear
 from ispa_deploy.model import CausalWanDiT
@@ -74,20 +73,11 @@ def configurations(
 
 
 def _run(name: str, model: CausalWanDiT, options: StreamOptions, scheme: str, launch: str = "") -> Configuration:
-    def told(model: nn.Module) -> list[str]:
-        return (complaints(model) if scheme != "none" else []) + _attention_complaints(model, options)
-
     return Configuration(
-        name=name, model=model, options=options, scheme=scheme, audit=audit, complaints=told, opener=LAUNCHES[launch],
-        starts=not launch, traced=bool(launch),
+        name=name, model=model, options=options, scheme=scheme, audit=audit,
+        complaints=complaints if scheme != "none" else None, opener=LAUNCHES[launch], starts=not launch,
+        traced=bool(launch),
     )  # fmt: skip
-
-
-def _attention_complaints(model: nn.Module, options: StreamOptions) -> list[str]:
-    if options.attention_dtype == "auto":
-        return []
-    assert isinstance(model, CausalWanDiT)
-    return CodedAttention(model.device, model.dtype, model.spec.head_dim).assert_runs(allow_fallback=True)
 
 
 def further(also: Sequence[str], floating: CausalWanDiT, eight: CausalWanDiT, scheme: str) -> list[Configuration]:

@@ -124,9 +124,9 @@ class CodedAttention:
         self.kernel = next((name for name, reason in why.items() if reason is None), SIMULATED)
         self.calls = 0
         reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
-        self._complaint = (
-            f"8-bit attention was simulated: no kernel runs on {device} with {str(dtype).removeprefix('torch.')} and "
-            f"heads of {head_dim} ({reasons or 'there is none for this kind of device'})"
+        self._why = (
+            f"no kernel runs on {device} with {str(dtype).removeprefix('torch.')} and heads of {head_dim} "
+            f"({reasons or 'there is none for this kind of device'})"
         )
 
     def __call__(self, q: Tensor, keys: Coded, values: Coded, before: Attended | None) -> Attended:
@@ -135,9 +135,22 @@ class CodedAttention:
         with region("attention.kernel"):
             return _KERNELS[self.kernel](q, keys, values, before)
 
-    def assert_runs(self, *, allow_fallback: bool = False) -> list[str]:
-        """Raise `RunError` where floating point stands in for a kernel; `allow_fallback` returns the line instead."""
-        found = [self._complaint] if self.kernel == SIMULATED else []
+    def assert_will_run(self) -> None:
+        """Before a stream: raise `RunError` where floating point would stand in for a kernel."""
+        if self.kernel == SIMULATED:
+            raise RunError(
+                f"8-bit attention: {self._why}; --allow-fallback simulates it, or leave --attention-dtype out"
+            )
+
+    def complaints(self) -> list[str]:
+        """After a stream: what was not as it was asked for, in one line; empty where a kernel ran."""
+        if self.calls == 0:
+            return ["8-bit attention never ran: no layer read a coded past (one chunk has none, nor have local layers)"]
+        return [f"8-bit attention was simulated: {self._why}"] if self.kernel == SIMULATED else []
+
+    def assert_ran(self, *, allow_fallback: bool = False) -> list[str]:
+        """Raise `RunError` with the complaints; `allow_fallback` returns them instead, as warnings."""
+        found = self.complaints()
         if found and not allow_fallback:
             raise RunError(f"{found[0]}; allow the fallback, or leave --attention-dtype out")
         return found

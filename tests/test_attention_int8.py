@@ -252,8 +252,25 @@ def test_a_weighed_past_is_refused() -> None:
 def test_simulated_arithmetic_is_an_error_unless_allowed() -> None:
     odd = CodedAttention(CPU, torch.float32, 24)
     assert odd.report() == {"dtype": "int8", "kernel": SIMULATED, "calls": 0}
+    with pytest.raises(RunError, match=r"no kernel runs on cpu .* heads of 24 .*--attention-dtype"):
+        odd.assert_will_run()
+    assert odd.complaints()[0].startswith("8-bit attention never ran"), "nothing is said to have run before it did"
+    read(odd)
     with pytest.raises(RunError, match=r"8-bit attention was simulated: .* heads of 24 .*--attention-dtype"):
-        odd.assert_runs()
-    assert len(odd.assert_runs(allow_fallback=True)) == 1
+        odd.assert_ran()
+    assert odd.assert_ran(allow_fallback=True) == odd.complaints()
     if any(probe(name, CPU, torch.float32, 64) is None for name in NATIVE):
-        assert CodedAttention(CPU, torch.float32, 64).assert_runs() == []
+        even = CodedAttention(CPU, torch.float32, 64)
+        even.assert_will_run()
+        with pytest.raises(RunError, match="8-bit attention never ran"):
+            even.assert_ran()
+        read(even)
+        assert even.assert_ran() == []
+
+
+def read(attention: CodedAttention) -> None:
+    """One call, with heads of the width it was made for."""
+    width = 24 if attention.kernel == SIMULATED else 64
+    codes = torch.ones(1, 5, 2, width, dtype=torch.int8)
+    coded = Coded(codes, torch.ones(1, 5, 2, 1).half())
+    attention(torch.randn(1, 3, 2, width), coded, coded, None)

@@ -182,7 +182,15 @@ def test_attention_in_eight_bits(demo: Path) -> None:
     assert done["kv"]["attention"]["kernel"] in kernels()
     assert done["kv"]["attention"]["calls"] > 0
     simulated = stream(demo, *flags, "--dtype", "float16", frames=6)
-    refused(simulated, "8-bit attention was simulated", "float16", "--attention-dtype", code=1)
+    refused(simulated, "no kernel runs on cpu", "float16", "--allow-fallback simulates", "--attention-dtype", code=1)
+    allowed = stream(demo, *flags, "--dtype", "float16", "--allow-fallback", frames=6).document
+    assert "8-bit attention was simulated" in allowed["audit_warnings"][-1]
+    one_chunk = stream(demo, *flags, "--allow-fallback", frames=3).document
+    assert "8-bit attention never ran" in one_chunk["audit_warnings"][-1]
+    if allowed["kv"]["attention"]["kernel"] != done["kv"]["attention"]["kernel"]:
+        idle = stream(demo, *flags, frames=3)
+        assert (idle.code, idle.out) == (1, "")
+        assert "8-bit attention never ran" in idle.err
     refused(stream(demo, *flags[2:]), "--attention-dtype int8 with --kv-dtype auto", "--kv-dtype int8")
 
 

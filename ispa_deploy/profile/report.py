@@ -157,6 +157,7 @@ def _run_row(lane: Lane, base: Lane, published: Lane | None, peak: dict[str, Any
         "scheme": lane.configuration.scheme,
         "kv_dtype": options.kv_dtype,
         "attention_dtype": options.attention_dtype,
+        "coded_attention": facts["coded_attention"],
         "delta": facts["delta"],
         "chunk_ms": _distribution(lane.plain),
         "wall_ms": run.wall,
@@ -186,7 +187,8 @@ def _run_row(lane: Lane, base: Lane, published: Lane | None, peak: dict[str, Any
 def _complaints(lane: Lane) -> list[str]:
     """What did not run as it was asked for: 8-bit layers and attention, a compiler, CUDA graphs."""
     told, failure = lane.configuration.complaints, lane.facts.get("failure")
-    return [*(told(lane.configuration.model) if told else []), *([lane.facts["launch"]] if failure else [])]
+    layers = told(lane.configuration.model) if told else []
+    return [*layers, *lane.facts["complaints"], *([lane.facts["launch"]] if failure else [])]
 
 
 def _work(lane: Lane) -> dict[str, Work]:

@@ -76,6 +76,8 @@ class SteadyStream:
             "window": cache.spec.window_frames,
             "stores": None if self.stream.full_commit else cache.storing_layers(),
             "delta": self.delta_mode(),
+            "coded_attention": cache.coded_attention.report() if cache.coded_attention else None,
+            "complaints": cache.coded_attention.complaints() if cache.coded_attention else [],
             "kv_percent": 100 * cache.persistent_bytes() / cache.full_bytes(),
             "memory": {
                 "kv_persistent": cache.persistent_bytes(),

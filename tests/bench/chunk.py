@@ -122,7 +122,7 @@ class PublishedSteady:
         memory = {"kv_persistent": past, "kv_scratch": full, "deltas": 0, "statistics": 0}
         return {
             "localises": False, "local": [], "near": spec.window_frames, "window": spec.window_frames, "stores": None,
-            "delta": None, "kv_percent": 100 * past / full, "memory": memory,
+            "delta": None, "coded_attention": None, "complaints": [], "kv_percent": 100 * past / full, "memory": memory,
         }  # fmt: skip
 
     def layers(self) -> list[dict[str, Any]]:

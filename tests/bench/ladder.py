@@ -90,7 +90,7 @@ def rungs(geometry: str, device: str, rounds: int, layers: int | None, dtype: to
     for name, (weights, asked) in options.items():
         steady = SteadyStream.open(weights, asked, 2 * rounds + 1)
         if (attention := steady.stream.cache.coded_attention) is not None:
-            attention.assert_runs()
+            attention.assert_will_run()
         made.append(Rung(name, weights, steady.step, steady.turn))
     for rung in made:
         with rung.turn():
