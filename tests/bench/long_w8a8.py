@@ -139,6 +139,7 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     parser.add_argument("--chunks", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--first", type=int, metavar="N", help="of these pairs, run and judge the first N alone")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--scheme", choices=[name for name in SCHEMES if name != "none"], default="w8a8-int8")
     parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="as in `quantize`")
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table; 1 where a metric is worse, 3 where `--stop-after` ended it first."""
     arguments = arguments_of(argv)
     torch.set_num_threads(1)
-    pairs, frames = list(demo_pairs(arguments.pairs, seed=5)), 3 * arguments.chunks
+    pairs, frames = list(demo_pairs(arguments.pairs, seed=5))[: arguments.first], 3 * arguments.chunks
     arms = arms_of(arguments)
     rows = run(arms, pairs, frames, arguments.batch, arguments.stop_after)
     if rows is None:
