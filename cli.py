@@ -391,7 +391,8 @@ def _activations(asked: CalibrationFlags, seed: int, device: str) -> Activations
     reader = None if asked.text_encoder is None else reader_of(asked.text_encoder, asked.tokenizer, place)
     return Activations(
         prompts=asked.calibrate, frames=asked.calibrate_frames, seed=seed, device=place, smooth=asked.smooth,
-        alpha=asked.smooth_alpha, keep_sensitive=asked.keep_sensitive, reader=reader, report=asked.report,
+        alpha=asked.smooth_alpha, keep_sensitive=asked.keep_sensitive, wide_sensitive=asked.wide_sensitive,
+        reader=reader, report=asked.report,
     )  # fmt: skip
 
 
@@ -413,7 +414,8 @@ def _quantise(source: str, out: Path, scheme: str, **choices: Any) -> dict[str, 
     say(report.summary())
     if report.plan is not None:
         say(report.plan.summary())
-        print_table(*report.plan.table(), err=True)
+        if report.plan.timings:
+            print_table(*report.plan.table(), err=True)
     document = {"bundle": str(folder), "scheme": chosen.name, **report.as_dict()}
     if (errors := one_step(folder)) is not None:
         for table in summary_tables(errors):

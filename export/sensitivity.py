@@ -22,6 +22,7 @@ from ispa_deploy.evaluate.passes import Pass, ToldStream
 from ispa_deploy.model import CausalWanDiT, Conditioning
 from ispa_deploy.options import StreamOptions, open_stream
 from quant.convert import make_layer
+from quant.plan import WIDENED
 from quant.ranges import Observer
 from quant.schemes import Scheme
 
@@ -32,37 +33,45 @@ PROMPTS = 4
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
     """`errors`: by linear the energy of the velocity's error, as a share of the velocity's own, when it alone runs in 8
-    bits. `kept`: the linears that stay in floating point, at most `share` of the weights."""
+    bits. `chosen`: the linears that are spared, at most `share` of the weights: kept in floating point, or `wide`, in
+    8 bits with activations in 16."""
 
     share: float
     errors: Mapping[str, float]
-    kept: tuple[str, ...]
+    chosen: tuple[str, ...]
+    wide: bool = False
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """The kept linears as regular expressions that match nothing else."""
-        return tuple(f"^{re.escape(name)}$" for name in self.kept)
+        """The linears that are kept, as regular expressions that match nothing else."""
+        return () if self.wide else tuple(f"^{re.escape(name)}$" for name in self.chosen)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: relative L2 error by linear, worst first."""
         ranked = sorted(self.errors.items(), key=lambda row: -row[1])
         errors = {name: float(f"{energy**0.5:.4g}") for name, energy in ranked}
-        return {"share": self.share, "relative_l2": errors, "kept": list(self.kept)}
+        return {"share": self.share, "relative_l2": errors, "wide" if self.wide else "kept": list(self.chosen)}
 
     def summary(self) -> str:
-        """One line: how many are kept and what they had of the error."""
+        """One line: how many are spared and what they had of the error."""
         whole = max(sum(self.errors.values()), torch.finfo(torch.float64).tiny)
-        part = sum(self.errors[name] for name in self.kept)
+        part = sum(self.errors[name] for name in self.chosen)
+        how = "activations in 16 bits" if self.wide else "kept in floating point"
         return (
-            f"kept in floating point: {len(self.kept)} of {len(self.errors)} linears, at most {self.share:.0%} of the "
+            f"{how}: {len(self.chosen)} of {len(self.errors)} linears, at most {self.share:.0%} of the "
             f"weights, with {part / whole:.0%} of what 8 bits add to the output in a last denoising pass"
         )
 
 
-def check_share(share: float) -> None:
-    """InputError unless 0 <= share < 1."""
-    if not 0 <= share < 1:
-        raise InputError(f"--keep-sensitive {share}: expected a share of the weights, 0 (none) to below 1, such as 0.1")
+def check_shares(keep: float, wide: float, scheme: Scheme) -> None:
+    """InputError unless both are shares, at most one of them above 0, and `scheme` has a wide form if that is asked."""
+    for flag, share in (("--keep-sensitive", keep), ("--wide-sensitive", wide)):
+        if not 0 <= share < 1:
+            raise InputError(f"{flag} {share}: expected a share of the weights, 0 (none) to below 1, such as 0.1")
+    if keep and wide:
+        raise InputError(f"--keep-sensitive {keep} with --wide-sensitive {wide}: expected one of them; leave one out")
+    if wide and scheme.name != WIDENED:
+        raise InputError(f"--wide-sensitive {wide} with scheme {scheme.name}: expected {WIDENED}")
 
 
 def most_sensitive(errors: Mapping[str, float], sizes: Mapping[str, int], share: float) -> tuple[str, ...]:
@@ -85,18 +94,19 @@ def sensitivity(
     share: float,
     frames: int,
     seed: int = 0,
+    wide: bool = False,
 ) -> Sensitivity:
     """Try every linear in `ranges` (largest magnitude of its input, by name) in `scheme`, on `texts` (1, L, text_dim).
 
     A pass of the whole model for each linear and prompt, in the last denoising pass of a stream of `frames`. The
-    streams are the model's own, bit for bit, and it is left as it was.
+    streams are the model's own, bit for bit, and it is left as it was. `wide`: see `Sensitivity`.
     """
     trials = _Trials(model, scheme, ranges)
     for index, rows in enumerate(texts):
         trials.run(rows.to(model.device), StreamOptions(frames=frames, seed=seed + index, policy="full"))
     errors = {name: distance.relative_l2**2 for name, distance in trials.distances.items()}
     sizes = {name: linear.weight.numel() for name, linear in trials.linears.items()}
-    return Sensitivity(share, errors, most_sensitive(errors, sizes, share))
+    return Sensitivity(share, errors, most_sensitive(errors, sizes, share), wide)
 
 
 class _Trials:

@@ -36,6 +36,7 @@ SHARD_BYTES = 2_000_000_000
 
 # What Wan's readers assume where config.json is silent.
 _WAN_DEFAULTS = {"patch_size": [1, 2, 2], "text_dim": 4096}
+_ORDER: tuple[LayerKind, ...] = ("int8", "int8-wide", "int8-static", "fp8")  # of the groups
 _EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
 
 
@@ -131,29 +132,30 @@ def compressed_tensors(kept: list[str], kinds: Mapping[str, LayerKind] | None = 
 
     `kinds`: the layer kind of every quantised linear by name; all int8 where that is left out.
     """
-    groups: dict[tuple[bool, bool], list[str]] = {}  # whether e4m3, whether static
+    groups: dict[LayerKind, list[str]] = {}
     for name, kind in (kinds or {"": "int8"}).items():
-        groups.setdefault((kind == "fp8", kind == "int8-static"), []).append(name)
-    formats = {"float-quantized" if is_float else "int-quantized" for is_float, _ in groups}
+        groups.setdefault("int8" if kind == "bnb" else kind, []).append(name)
+    formats = {"float-quantized" if kind == "fp8" else "int-quantized" for kind in groups}
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{index}": _group(names if len(groups) > 1 else ["Linear"], *key)
-            for index, (key, names) in enumerate(sorted(groups.items()))
+            f"group_{index}": _group(names if len(groups) > 1 else ["Linear"], kind)
+            for index, (kind, names) in enumerate(sorted(groups.items(), key=lambda group: _ORDER.index(group[0])))
         },
         "ignore": kept,
         "kv_cache_scheme": None,
     }
 
 
-def _group(targets: list[str], is_float: bool, static: bool) -> dict[str, Any]:
-    bits = {**_EIGHT_BITS, "type": "float" if is_float else "int"}
+def _group(targets: list[str], kind: LayerKind) -> dict[str, Any]:
+    bits, static = {**_EIGHT_BITS, "type": "float" if kind == "fp8" else "int"}, kind == "int8-static"
+    inputs = {**bits, "strategy": "tensor" if static else "token", "dynamic": not static}
     return {
         "targets": targets,
         "weights": {**bits, "strategy": "channel", "dynamic": False},
-        "input_activations": {**bits, "strategy": "tensor" if static else "token", "dynamic": not static},
+        "input_activations": {**inputs, "num_bits": 16} if kind == "int8-wide" else inputs,
     }
 
 

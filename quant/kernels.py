@@ -20,15 +20,17 @@ from torch import Tensor
 from ispa_deploy.errors import InputError
 from ispa_deploy.passes import Norm
 from quant import kernels_cpu, kernels_cuda, kernels_float8, kernels_packages
+from quant.kernels_wide import Wide
 from quant.primitives import FLOAT8, ZERO_POINT, Activations, int_matmul, quantise_as, quantise_fixed
 
 # Kernels that hold the same codes and take the same activations; a layer belongs to one family.
-Family = Literal["int8", "int8-static", "fp8", "bnb"]
+Family = Literal["int8", "int8-static", "int8-wide", "fp8", "bnb"]
 
 # What a family needs, and what to do where that is missing.
 _NEEDS: dict[Family, str] = {
     "int8": "a processor or GPU with exact int8 products",
     "int8-static": "a processor or GPU with exact int8 products",
+    "int8-wide": "a processor or GPU with exact int8 products",
     "fp8": "a CUDA GPU of compute capability 8.9 or newer; run it there, quantise with w8a8-int8",
     "bnb": "bitsandbytes (pip install 'bitsandbytes>=0.50,<0.51'); install it, quantise with w8a8-int8",
 }
@@ -46,7 +48,7 @@ class Kernel(Protocol):
     def exact(self) -> bool: ...
     @property
     def activations(self) -> Activations:
-        """What `quantise` makes of the rows: uint8 with zero point 128, int8, e4m3, or nothing."""
+        """What `quantise` makes of the rows: uint8 with zero point 128, int8, int16, e4m3, or nothing."""
         ...
 
     def fits(self, features: int, outputs: int) -> bool:
@@ -263,10 +265,12 @@ def multiply_gelu(
 def candidates(family: Family, device_type: str) -> Sequence[Kernel]:
     """The family's kernels for a device type, the fastest first, without the stand-in."""
     cuda = device_type == "cuda"
-    int8: Sequence[Kernel] = (*(kernels_cuda if cuda else kernels_cpu).KERNELS, kernels_packages.TORCHAO)
+    own: Sequence[Kernel] = (kernels_cuda if cuda else kernels_cpu).KERNELS
+    int8: Sequence[Kernel] = (*own, kernels_packages.TORCHAO)
     table: dict[Family, Sequence[Kernel]] = {
         "int8": int8,
         "int8-static": kernels_cuda.KERNELS if cuda else kernels_cpu.STATIC_KERNELS,
+        "int8-wide": tuple(Wide(kernel) for kernel in own),
         "fp8": (kernels_float8.SCALED_MM,),
         "bnb": (kernels_packages.BITSANDBYTES,),
     }
@@ -277,6 +281,8 @@ def stand_in(family: Family, device_type: str) -> Kernel:
     """Floating-point arithmetic on the family's codes."""
     if family == "fp8":
         return kernels_float8.SIMULATED
+    if family == "int8-wide":
+        return Wide(stand_in("int8", device_type))
     return kernels_cuda.SIMULATED if device_type == "cuda" else kernels_cpu.SIMULATED
 
 
@@ -309,6 +315,8 @@ def _probe(kernel: Kernel, weight: Tensor, rows: int, device: str) -> str | None
 @functools.cache
 def refusal(kernel: Kernel, device: str) -> str | None:
     """None when `kernel` multiplies extreme operands right on `device`, else why not in a few words. Probed once."""
+    if isinstance(kernel, Wide):
+        return refusal(kernel.base, device)
     if not kernel.exact:
         return None
     draw = torch.Generator().manual_seed(0)

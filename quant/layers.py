@@ -1,4 +1,4 @@
-"""The other kinds of quantised linear: calibrated activations, e4m3, LLM.int8; and the table of all kinds."""
+"""The other kinds of quantised linear: calibrated or 16-bit activations, e4m3, LLM.int8; and the table of all kinds."""
 
 from __future__ import annotations
 
@@ -47,6 +47,12 @@ class StaticInt8Linear(Int8Linear):
         return self.input_scale
 
 
+class WideInt8Linear(Int8Linear):
+    """The same codes; activations in 16 bits, one scale per token, multiplied by two int8 products."""
+
+    family = "int8-wide"
+
+
 class BnbInt8Linear(Int8Linear):
     """The same codes multiplied by bitsandbytes: activations in float16, quantised per token."""
 
@@ -68,6 +74,7 @@ class Fp8Linear(QuantisedLinear):
 LAYERS: dict[LayerKind, type[QuantisedLinear]] = {
     "int8": Int8Linear,
     "int8-static": StaticInt8Linear,
+    "int8-wide": WideInt8Linear,
     "bnb": BnbInt8Linear,
     "fp8": Fp8Linear,
 }

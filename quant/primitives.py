@@ -14,12 +14,15 @@ from torch import Tensor
 from ispa_deploy.errors import InputError
 
 # What a kernel takes the activations as; `float`: it quantises them itself.
-Activations = Literal["uint8", "int8", "float8", "float"]
+Activations = Literal["uint8", "int8", "int16", "float8", "float"]
 
 CODE_MAX = 127
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
 ZERO_POINT = 128
+# A code of 16 bits is HIGH times one of 8 bits plus another; the largest whose parts both fit.
+HIGH = 256
+WIDE_MAX = HIGH * CODE_MAX + CODE_MAX
 # A row of zeros gets this scale instead of 0, so that it divides; its reciprocal is still finite in float32.
 SCALE_FLOOR = torch.finfo(torch.float32).tiny
 # The largest K whose sum of 255 * 128 products stays inside int32.
@@ -72,6 +75,25 @@ def quantise_rows(x: Tensor, factor: Tensor | None = None, *, unsigned: bool = F
     scale = row_scale(values.abs().amax(dim=-1, keepdim=True))
     codes = torch.round(values * (1.0 / scale))
     return ((codes + ZERO_POINT).to(torch.uint8) if unsigned else codes.to(torch.int8)), scale
+
+
+def quantise_wide_rows(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(M, K) of any float dtype, times `factor` (K,) -> int16 codes (M, K) and float32 scales (M, 1) = amax / 32639.
+
+    A row that holds NaN or Inf gets the scale NaN and unspecified codes.
+    """
+    values = widened(x, factor)
+    amax = values.abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(torch.isfinite(amax), amax / WIDE_MAX, float("nan")).clamp_min(SCALE_FLOOR)
+    # Clamped: a reciprocal rounded up puts the largest one beyond, and rows that are not finite hold anything.
+    codes = torch.round(values * (1.0 / scale)).nan_to_num(0.0).clamp(-WIDE_MAX, WIDE_MAX)
+    return codes.to(torch.int16), scale
+
+
+def split_wide(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """int16 codes of -32639..32639 -> high and low parts, int16 in -127..127 and -128..127: high * 256 + low."""
+    high = (codes + HIGH // 2) >> 8
+    return high, codes - (high << 8)
 
 
 def quantise_weight_fp8(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
@@ -144,11 +166,13 @@ def quantise_as(x: Tensor, activations: Activations, factor: Tensor | None = Non
         return watch_rows(x, factor)
     if activations == "float8":
         return quantise_rows_fp8(x, factor)
+    if activations == "int16":
+        return quantise_wide_rows(x, factor)
     return quantise_rows(x, factor, unsigned=activations == "uint8")
 
 
 def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
-    """Codes (R, K), int8, e4m3 or uint8 with zero point 128, and scales (R, 1) -> float32 (R, K)."""
+    """Codes (R, K), int8, int16, e4m3 or uint8 with zero point 128, and scales (R, 1) -> float32 (R, K)."""
     values = codes.to(torch.float32)  # always a copy
     if codes.dtype == torch.uint8:
         values -= ZERO_POINT

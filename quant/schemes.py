@@ -13,7 +13,7 @@ from ispa_deploy.errors import InputError, known_names
 if TYPE_CHECKING:
     import torch
 
-LayerKind = Literal["float", "int8", "int8-static", "fp8", "bnb"]
+LayerKind = Literal["float", "int8", "int8-static", "int8-wide", "fp8", "bnb"]
 
 # Small, run once per pass or less, and every block inherits their error. Norms and modulation are no linears.
 _PARTS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "head")
@@ -45,6 +45,11 @@ _TABLE = (
         name="w8a8-int8-static",
         layer="int8-static",
         summary="int8 weights, one scale per output channel; int8 activations, one calibrated scale per layer",
+    ),
+    Scheme(
+        name="w8a16-int8",
+        layer="int8-wide",
+        summary="int8 weights as w8a8-int8; 16-bit activations, one scale per token, in two int8 products",
     ),
     Scheme(
         name="w8a8-fp8",

@@ -57,8 +57,8 @@ def test_a_linears_error_is_the_one_step_error_of_the_model_with_it_alone_in_8_b
         )
         assert found.errors[name] ** 0.5 == pytest.approx(last[2], rel=1e-5)
     assert max(found.errors, key=lambda name: found.errors[name]) == LOUD
-    assert found.kept[0] == LOUD
-    assert found.to_dict()["kept"] == list(found.kept)
+    assert found.chosen[0] == LOUD
+    assert found.to_dict()["kept"] == list(found.chosen)
 
 
 def test_the_share_goes_to_the_most_error_per_weight() -> None:

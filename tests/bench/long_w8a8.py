@@ -145,6 +145,7 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="as in `quantize`")
     parser.add_argument("--smooth", choices=MODES, default="none", help="as in `quantize`")
     parser.add_argument("--keep-sensitive", type=float, default=0.0, metavar="SHARE", help="as in `quantize`")
+    parser.add_argument("--wide-sensitive", type=float, default=0.0, metavar="SHARE", help="as in `quantize`")
     parser.add_argument(
         "--parts", type=Path, metavar="FOLDER", help="keep each batch's metrics there, take what is there"
     )
@@ -157,7 +158,12 @@ def arms_of(arguments: argparse.Namespace) -> tuple[Arm, Arm]:
     common = {"pairs": arguments.pairs, "threads": 1, "torch": torch.__version__}
     recipe = {name: getattr(arguments, name) for name in ("scheme", "skip", "smooth", "keep_sensitive")}
     slug = re.sub(r"[^\w.]+", "-", "-".join(str(value) for value in recipe.values() if value))
-    asked = Activations(smooth=arguments.smooth, keep_sensitive=arguments.keep_sensitive)
+    if arguments.wide_sensitive:
+        recipe["wide_sensitive"] = arguments.wide_sensitive
+        slug += f"-wide-{arguments.wide_sensitive}"
+    asked = Activations(
+        smooth=arguments.smooth, keep_sensitive=arguments.keep_sensitive, wide_sensitive=arguments.wide_sensitive
+    )
     return (
         Arm(FULL, common, lambda: load_source("demo", dtype=torch.float32)[0], arguments.parts),
         Arm(
@@ -187,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         "skip": arguments.skip,
         "smooth": arguments.smooth,
         "keep_sensitive": arguments.keep_sensitive,
+        "wide_sensitive": arguments.wide_sensitive,
         "chunks": arguments.chunks,
         "pairs": len(pairs),
         "margin": MARGIN,
