@@ -85,15 +85,13 @@ def quantise_wide_rows(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor,
     values = widened(x, factor)
     amax = values.abs().amax(dim=-1, keepdim=True)
     scale = torch.where(torch.isfinite(amax), amax / WIDE_MAX, float("nan")).clamp_min(SCALE_FLOOR)
-    # Clamped: a reciprocal rounded up puts the largest one beyond, and rows that are not finite hold anything.
-    codes = torch.round(values * (1.0 / scale)).nan_to_num(0.0).clamp(-WIDE_MAX, WIDE_MAX)
-    return codes.to(torch.int16), scale
+    return torch.round(values * (1.0 / scale)).to(torch.int16), scale
 
 
 def split_wide(codes: Tensor) -> tuple[Tensor, Tensor]:
     """int16 codes of -32639..32639 -> high and low parts, int16 in -127..127 and -128..127: high * 256 + low."""
     high = (codes + HIGH // 2) >> 8
-    return high, codes - (high << 8)
+    return high, codes - (high * HIGH)
 
 
 def quantise_weight_fp8(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:

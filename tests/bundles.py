@@ -11,6 +11,7 @@ from torch import Tensor
 
 from export import Source, write_bundle
 from export.bundle import stand_in_rows
+from export.calibrate import Known
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions, open_stream
 from quant.convert import quantise_
@@ -22,14 +23,17 @@ ONE_STEP = replace(SPEC, layers=2, steps=(1000,))
 SHARD = "model-00001-of-00001.safetensors"
 
 
-def tiny_bundle(folder: Path, scheme: str = "w8a8-int8", dtype: torch.dtype = torch.float32) -> Path:
-    """A bundle of random weights whose biases are not zero."""
+def tiny_bundle(
+    folder: Path, scheme: str = "w8a8-int8", dtype: torch.dtype = torch.float32, wide: tuple[str, ...] = ()
+) -> Path:
+    """A bundle of random weights whose biases are not zero; the linears in `wide` with 16-bit activations."""
     model = tiny_model(ONE_STEP).requires_grad_(False)
     for name, tensor in model.named_parameters():
         if name.endswith("bias"):
             tensor.normal_(0, 0.1)
     model.to(dtype)
-    report = quantise_(model, SCHEMES[scheme])
+    plan = Known(wide=wide).planned(None, model, SCHEMES[scheme], ())
+    report = quantise_(model, SCHEMES[scheme], plan=plan)
     source = Source("random", "tiny, seed 0")
     return write_bundle(folder, model, scheme=SCHEMES[scheme], report=report, source=source)
 

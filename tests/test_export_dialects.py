@@ -24,6 +24,7 @@ from export.dialects.table import amax_of
 from ispa_deploy.errors import InputError, IspaError, RunError
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.specs import SPECS
+from quant.layers import WideInt8Linear
 from tests.bundles import ONE_STEP, SHARD, contents, dequantised, tiny_bundle
 
 LAYER = "blocks.1.ffn.0"  # (64, 48)
@@ -60,6 +61,18 @@ def test_out_and_back_is_the_same_bundle_byte_for_byte(tmp_path: Path, dialect: 
     assert recognise(load_file(weights(path)), metadata(path)) == DIALECTS[dialect]
     for origin in ("auto", dialect):
         assert contents(import_dialect(path, origin, tmp_path / origin)) == contents(bundle)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_which_activations_are_wide_travels_along(tmp_path: Path, dialect: str) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle", wide=(LAYER,))
+    path = export_bundle(bundle, dialect, target(tmp_path, dialect))
+    back = import_dialect(path, "auto", tmp_path / "back")
+    assert contents(back) == contents(bundle)
+    assert type(open_bundle(back).model.get_submodule(LAYER)) is WideInt8Linear
+    if dialect == "diffusers":
+        groups = json.loads((path / "config.json").read_text())["quantization_config"]["config_groups"].values()
+        assert {group["input_activations"]["num_bits"]: len(group["targets"]) for group in groups}[16] == 1
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

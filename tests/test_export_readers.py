@@ -61,7 +61,12 @@ def test_the_measure_tells_a_wrong_scale(bundle: Path, layers: tuple[str, ...]) 
     assert not same_chunk(model, bundle)
 
 
-def test_compressed_tensors_reads_the_bundle_itself(bundle: Path, layers: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("wide", [(), ("blocks.0.ffn.2", "blocks.0.self_attn.o")], ids=["8 bits", "16-bit activations"])
+def test_compressed_tensors_reads_the_bundle_itself(
+    wide: tuple[str, ...], layers: tuple[str, ...], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    bundle = tiny_bundle(tmp_path / "bundle", wide=wide)
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
@@ -83,6 +88,9 @@ def test_compressed_tensors_reads_the_bundle_itself(bundle: Path, layers: tuple[
     assert all(torch.equal(model.get_submodule(name).weight, expected[f"{name}.weight"]) for name in layers)
     assert all(hasattr(model.get_submodule(name), "quantization_scheme") for name in layers)
     assert not hasattr(model.head.head, "quantization_scheme"), "what the bundle kept is ignored"
+    for name in layers:
+        read = model.get_submodule(name).quantization_scheme.input_activations
+        assert read.num_bits == (16 if name in wide else 8)
     assert same_chunk(model, bundle)
 
 

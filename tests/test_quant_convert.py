@@ -199,7 +199,7 @@ def test_every_scheme_resolves_to_one_line(name: str) -> None:
 
 
 def test_unknown_schemes_and_devices_are_refused() -> None:
-    known = "bnb-int8, none, w8a8, w8a8-fp8, w8a8-int8, w8a8-int8-static"
+    known = "bnb-int8, none, w8a16-int8, w8a8, w8a8-fp8, w8a8-int8, w8a8-int8-static"
     with pytest.raises(InputError, match=f"unknown scheme 'w4a4': expected one of {known}"):
         resolve("w4a4", "cpu")
     with pytest.raises(InputError, match="device 'tpu:0': expected one of cpu, cuda"):

@@ -13,7 +13,17 @@ from ispa_deploy.native import elementwise
 from quant import kernels, kernels_cpu
 from quant.kernels import Kernel, kernel_for, refusal
 from quant.kernels_cpu import AVX2, INT_MM, ONEDNN
-from quant.primitives import dequantise, int_matmul, quantise_rows, quantise_weight, sqnr_db
+from quant.primitives import (
+    HIGH,
+    WIDE_MAX,
+    dequantise,
+    int_matmul,
+    quantise_rows,
+    quantise_weight,
+    quantise_wide_rows,
+    split_wide,
+    sqnr_db,
+)
 
 CPU = torch.device("cpu")
 
@@ -42,6 +52,21 @@ def test_row_round_trip_is_within_half_a_step(unsigned: bool) -> None:
     assert codes.dtype == (torch.uint8 if unsigned else torch.int8)
     error = (x.double() - dequantise(codes, scale).double()).abs()
     assert bool((error <= 0.5 * scale.double() * (1 + 1e-4)).all())
+
+
+def test_a_wide_code_is_its_two_parts_and_within_half_a_step() -> None:
+    codes = torch.arange(-WIDE_MAX, WIDE_MAX + 1, dtype=torch.int16)
+    high, low = split_wide(codes)
+    assert torch.equal(high.int() * HIGH + low.int(), codes.int())
+    assert (int(high.min()), int(high.max()), int(low.min()), int(low.max())) == (-127, 127, -128, 127)
+    x = torch.randn(9, 300) * torch.logspace(-30, 30, 9)[:, None]
+    x[4], x[5, 1], x[6, 0] = 0.0, math.nan, -math.inf
+    codes, scale = quantise_wide_rows(x)
+    assert codes.abs().max() <= WIDE_MAX
+    assert not codes[4].any()
+    assert scale.isnan().flatten().tolist() == [row in (5, 6) for row in range(9)]
+    finite = ~scale.isnan().flatten()
+    assert ((dequantise(codes, scale) - x)[finite].abs() <= 0.502 * scale[finite]).all()
 
 
 def test_zero_rows_stay_zero() -> None:

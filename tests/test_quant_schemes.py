@@ -200,7 +200,7 @@ def test_state_survives_moves_copies_and_loading(kind: LayerKind, linear: nn.Lin
             assert torch.equal(tensor.view(torch.int8), state[name].view(torch.int8))
 
 
-@pytest.mark.parametrize("kind", ["int8-static", "fp8"])
+@pytest.mark.parametrize("kind", ["int8-static", "int8-wide", "fp8"])
 def test_whole_graph_agrees(kind: LayerKind, linear: nn.Linear) -> None:
     torch._dynamo.reset()
     layer, x = make(kind, linear), torch.randn(12, K)
@@ -209,6 +209,31 @@ def test_whole_graph_agrees(kind: LayerKind, linear: nn.Linear) -> None:
     got = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     assert layer.calls == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_activations_leave_the_weights_error_alone(dtype: torch.dtype, linear: nn.Linear) -> None:
+    """Against the layer's own weight in float64, where 8-bit activations leave a hundredth."""
+    x = (torch.randn(150, K) * torch.logspace(-3, 3, 150)[:, None]).to(dtype)
+    x[7, 3] = 1e4
+    errors = {}
+    for kind in ("int8", "int8-wide"):
+        layer = LAYERS[kind].from_float(linear)
+        want = x.double() @ layer.reference_weight().double().t() + linear.bias.detach().double()
+        errors[kind] = relative(layer(x), want)
+    assert errors["int8-wide"] < (1e-4 if dtype == torch.float32 else 3e-3) < errors["int8"]
+
+
+def test_a_wide_layer_names_both_products_and_shares_no_codes_with_a_narrow_one(linear: nn.Linear) -> None:
+    wide, narrow = (LAYERS[kind].from_float(linear) for kind in ("int8-wide", "int8"))
+    x = torch.randn(5, K)
+    assert wide.shared(x, [narrow]) is x
+    rows = wide.shared(x, [LAYERS["int8-wide"].from_float(linear)])
+    assert torch.equal(wide(rows), wide(x))
+    assert wide.kernel_name.endswith("16-bit activations in two products")
+    assert wide.calls == 2
+    assert torch.equal(wide.codes(), narrow.codes())
+    torch.testing.assert_close(wide.multiplied(x), x, rtol=1e-4, atol=2e-4)
 
 
 def test_static_steps_are_the_calibrated_ones() -> None:

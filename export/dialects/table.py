@@ -17,6 +17,9 @@ from export.dialects.names import from_diffusers, to_diffusers
 from export.manifest import Manifest
 from export.tensors import Entry, Shape
 from export.write import compressed_tensors, header
+from quant.convert import scheme_of
+from quant.plan import Plan
+from quant.schemes import SCHEMES, LayerKind
 
 CODE_MAX = 127
 COMFY_FORMAT = "int8_tensorwise"
@@ -78,7 +81,8 @@ def amax_of(scale: Tensor) -> Tensor:
 
 def diffusers_config(manifest: Manifest) -> dict[str, Any]:
     """`config.json` of WanTransformer3DModel with compressed-tensors' description of the layers."""
-    return {**_wan_config(manifest), "quantization_config": compressed_tensors(_kept(manifest))}
+    kinds = {to_diffusers(name): kind for name, kind in kinds_of(manifest).items()}
+    return {**_wan_config(manifest), "quantization_config": compressed_tensors(_kept(manifest), kinds)}
 
 
 def diffusers_torchao_config(manifest: Manifest) -> dict[str, Any]:
@@ -100,6 +104,12 @@ def diffusers_torchao_config(manifest: Manifest) -> dict[str, Any]:
 
 def _kept(manifest: Manifest) -> list[str]:
     return [to_diffusers(layer.name) for layer in manifest.layers if not layer.quantised]
+
+
+def kinds_of(manifest: Manifest) -> dict[str, LayerKind]:
+    """The kind of every 8-bit layer, by name."""
+    plan = Plan.from_dict(manifest.plan, "recipe.plan") if manifest.plan is not None else None
+    return {name: scheme_of(name, SCHEMES[manifest.scheme], plan).layer for name in manifest.quantised}
 
 
 def _wan_config(manifest: Manifest) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from ispa_deploy.delta import Delta
 from quant.kernels_cpu import accelerate, compile_note
+from quant.layers import WideInt8Linear
 from quant.linear import Int8Linear
 from quant.memory import tune_allocator
 
@@ -60,6 +62,7 @@ def measure(rows: int, features: int, outputs: int, rounds: int) -> dict[str, An
     wide = nn.Linear(features, outputs)
     wide.load_state_dict(narrow.state_dict())
     layers = {mode: Int8Linear.from_float(narrow) for mode in ("none", "requant", "side", "fold")}
+    fine = WideInt8Linear.from_float(narrow)
     delta = Delta((torch.randn(outputs, features) * 0.01).bfloat16())
     for mode, layer in layers.items():
         layer.set_delta(None if mode == "none" else delta, "auto" if mode == "none" else mode)
@@ -71,12 +74,14 @@ def measure(rows: int, features: int, outputs: int, rounds: int) -> dict[str, An
         "fp32": lambda: wide(x32),
         "int8": lambda: layers["none"](x),
         "int8 fp32 in, out": lambda: layers["none"](x32),
+        "int8, 16-bit rows": lambda: fine(x),
         **{f"int8 + {mode} delta": (lambda layer=layers[mode]: layer(x)) for mode in ("requant", "side", "fold")},
     }
     seconds = interleaved(candidates, rounds)
     error = {
         "bf16": relative_error(narrow, narrow, x[:SLICE]),
         "int8": relative_error(layers["none"], narrow, x[:SLICE]),
+        "int8, 16-bit rows": relative_error(fine, narrow, x[:SLICE]),
         "int8, loud channels": relative_error(layers["none"], narrow, loud),
     }
     return {
@@ -118,7 +123,8 @@ def main() -> None:
     torch.manual_seed(0)
     results = [measure(arguments.rows, k, n, arguments.rounds) for k, n in SHAPES]
     document = {
-        "benchmark": "int8_linear", "torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability(),
+        "benchmark": "int8_linear", "command": " ".join(["python -m tests.bench.int8_linear", *sys.argv[1:]]),
+        "torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(), "threads": 1, "rounds": arguments.rounds,
         "mallopt": tuned, "eager": arguments.eager, "compile_note": compile_note(), "results": results,
     }  # fmt: skip
