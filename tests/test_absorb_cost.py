@@ -106,6 +106,24 @@ def test_blocks_survive_fading_adding_and_moving() -> None:
     _close((first + second).to(torch.device("cpu")), _exact(local, full, weight), 1e-4)
 
 
+def test_fading_for_ever_in_every_way_of_summing() -> None:
+    """Squares are scaled seldom: what they say must not depend on when, nor on the path that the last rows took."""
+    local, full, weight = (tensor[..., :512] for tensor in _rows())
+    stats, exact = Statistics(weight), Statistics(weight.double(), dtype=torch.float64)
+    paths = (
+        lambda: stats.update_pair(local, full),
+        lambda: stats.update(local.float(), full.float() - local.float()),
+        lambda: stats.update_halves(local, full),
+    )
+    for step in range(70):
+        for each in (stats, exact):
+            each.scale(0.5)
+        paths[step % 3]()
+        exact.update(local.double(), full.double() - local.double())
+        if step % 10 == 9:
+            _close(stats, exact, 1e-4)
+
+
 def test_statistics_hold_no_copy_of_the_weight() -> None:
     model = tiny_model().bfloat16()
     stream = tiny_stream(model)

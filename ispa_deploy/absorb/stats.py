@@ -23,6 +23,8 @@ Weight = Tensor | Callable[[], Tensor]
 _HALF = (torch.bfloat16, torch.float16)
 # From this width on, the upper triangle of G in blocks is faster than the square (0.6x at 768, 0.7x at 1536).
 _BLOCKS_FROM, _BLOCKS = 512, 4
+_FADED = 2.0**-24
+"""What older rows count at the least before the squares are scaled for it: newer ones count its inverse until then."""
 
 
 class Statistics:
@@ -42,6 +44,7 @@ class Statistics:
         self.gap_sum = torch.zeros_like(self.local_sum)
         self._energy = torch.zeros((), dtype=torch.float64, device=sample.device)
         self._projected: Tensor | None = None
+        self._fade = 1.0
         self.rows = 0.0
 
     @property
@@ -52,25 +55,29 @@ class Statistics:
     @property
     def gram(self) -> Tensor:
         """G, both triangles of it."""
+        self._settle()
         if self._half:
             self._gram, self._half = self._gram.triu() + self._gram.triu(1).T, False
         return self._gram
 
     @gram.setter
     def gram(self, total: Tensor) -> None:
+        self._settle()
         self._gram, self._half = total, False
 
     @property
     def cross(self) -> Tensor:
         """H, off which G has been taken where rows of A_full were summed."""
-        if self._whole:
-            self._cross.sub_(self.gram)
-            self._whole = False
+        self._settle()
+        self._part_from_gram()
         return self._cross
 
-    @cross.setter
-    def cross(self, total: Tensor) -> None:
-        self._cross, self._whole = total, False
+    def _settle(self) -> None:
+        """Squares as they count now."""
+        if self._fade != 1.0:
+            for square in (self._gram, self._cross):
+                square.mul_(self._fade)
+            self._fade = 1.0
 
     @property
     def gap_energy(self) -> float:
@@ -81,13 +88,15 @@ class Statistics:
         self, local: Tensor, gap: Tensor, *, weight: float = 1.0, energy_dtype: torch.dtype | None = None
     ) -> None:
         """Add rows a (R, I) and e (R, I), each counting `weight` times. `energy_dtype`: what s is projected in."""
-        a, e = local.to(self.cross.dtype), gap.to(self.cross.dtype)
-        if a.device == self.cross.device:
-            self._half = _add_square_(self._gram, a, weight) or self._half
-            self.cross.addmm_(a.T, e, alpha=weight)
+        a, e = local.to(self._cross.dtype), gap.to(self._cross.dtype)
+        self._part_from_gram()
+        counts = weight / self._fade
+        if a.device == self._cross.device:
+            self._half = _add_square_(self._gram, a, counts) or self._half
+            self._cross.addmm_(a.T, e, alpha=counts)
         else:
-            self.gram.add_((a.T @ a).to(self.gram.device), alpha=weight)
-            self.cross.add_((a.T @ e).to(self.gram.device), alpha=weight)
+            self._gram.add_((a.T @ a).to(self._gram.device), alpha=counts)
+            self._cross.add_((a.T @ e).to(self._gram.device), alpha=counts)
         self._count(a.sum(0), e.sum(0), len(a), weight)
         self._spend(e.to(energy_dtype or e.dtype), weight)
 
@@ -109,23 +118,31 @@ class Statistics:
 
     def update_halves(self, local: Tensor, full: Tensor, *, weight: float = 1.0) -> None:
         """`update_pair` for rows of 16 bits; one product (I, I) at a time lies beside the totals."""
-        product = _exact_product(local, local).to(self.gram.device)
-        self.gram.add_(product, alpha=weight)
-        self.cross.sub_(product, alpha=weight)
+        self._part_from_gram()
+        counts = weight / self._fade
+        product = _exact_product(local, local).to(self._gram.device)
+        self._gram.add_(product, alpha=counts)
+        self._cross.sub_(product, alpha=counts)
         del product
-        self.cross.add_(_exact_product(local, full).to(self.gram.device), alpha=weight)
+        self._cross.add_(_exact_product(local, full).to(self._gram.device), alpha=counts)
         near = local.sum(0, dtype=torch.float32)
         self._count(near, full.sum(0, dtype=torch.float32) - near, len(local), weight)
         self._spend(full - local, weight)
 
     def _update_natively(self, local: Tensor, full: Tensor, weight: float) -> None:
         """G is taken off H once, when somebody reads it: the kernel sums only the upper triangle of G."""
-        if not self._whole:
+        if not self._whole and self.rows:
             self._cross.add_(self.gram)
-        near, far = sums.add_sums(local, full, self._gram, self._cross, weight)
+        near, far = sums.add_sums(local, full, self._gram, self._cross, weight / self._fade)
         self._half = self._whole = True
         self._count(near, far - near, len(local), weight)
         self._spend(full - local, weight)
+
+    def _part_from_gram(self) -> None:
+        """Before rows of the gap are summed: H without the G that rows of A_full brought into it."""
+        if self._whole:
+            self._cross.sub_(self.gram)
+            self._whole = False
 
     def _count(self, a: Tensor, e: Tensor, rows: int, weight: float) -> None:
         self._projected = None
@@ -139,11 +156,17 @@ class Statistics:
         self._energy.add_(squares.sum(dtype=torch.float64).to(self._energy.device), alpha=weight)
 
     def scale(self, factor: float) -> None:
-        """Let every row so far count `factor` times what it did: exponential forgetting when called once a chunk."""
+        """Let every row so far count `factor` times what it did: exponential forgetting when called once a chunk.
+
+        The squares are left as they are, and later rows count more in them.
+        """
         self._projected = None
-        for total in (self._gram, self._cross, self.local_sum, self.gap_sum, self._energy):
+        for total in (self.local_sum, self.gap_sum, self._energy):
             total.mul_(factor)
         self.rows *= factor
+        self._fade *= factor
+        if self._fade < _FADED:
+            self._settle()
 
     def __add__(self, other: Statistics) -> Statistics:
         """Statistics of both sets of rows."""
@@ -157,8 +180,8 @@ class Statistics:
 
     def _like(self, total: Callable[[str], Tensor], rows: float) -> Statistics:
         made = object.__new__(Statistics)
-        made._weight, made.rows, made._projected = self._weight, rows, None
-        made.gram, made.cross = total("gram"), total("cross")
+        made._weight, made.rows, made._projected, made._fade = self._weight, rows, None, 1.0
+        made._gram, made._cross, made._half, made._whole = total("gram"), total("cross"), False, False
         made.local_sum, made.gap_sum, made._energy = total("local_sum"), total("gap_sum"), total("_energy")
         return made
 

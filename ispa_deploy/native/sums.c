@@ -43,7 +43,10 @@ static void pack(const bf16 *x, int64_t stride, int64_t rows, int columns, uint3
 static void tile(const uint32_t *a, const uint32_t *b, int64_t pairs, float weight, float *c, int64_t stride, int columns) {
   __m512 sum[TILE][3];
   for (int i = 0; i < TILE; i++)
-    for (int j = 0; j < 3; j++) sum[i][j] = _mm512_setzero_ps();
+    for (int j = 0; j < 3; j++) {
+      sum[i][j] = _mm512_setzero_ps();
+      if (16 * j < columns) __builtin_prefetch(c + i * stride + 16 * j, 1); /* the totals of all layers outgrow the caches */
+    }
   for (int64_t p = 0; p < pairs; p++, a += PANEL, b += PANEL) {
     __m512bh right[3];
     for (int j = 0; j < 3; j++) right[j] = (__m512bh)_mm512_loadu_si512(b + 16 * j);
