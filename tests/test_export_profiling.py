@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 import quant
-from export.profiling import Compared, _audited, configurations, further
+from export.profiling import Compared, _audited, configurations, further, profile_geometry
 from ispa_deploy.attention_int8 import SIMULATED, kernels
 from ispa_deploy.compiled import compile_
 from ispa_deploy.errors import InputError, RunError
@@ -18,6 +20,7 @@ from ispa_deploy.options import StreamOptions
 from ispa_deploy.profile import launched
 from ispa_deploy.profile.breakdown import LIMITS
 from ispa_deploy.profile.compare import Configuration, compare
+from ispa_deploy.profile.geometries import GEOMETRIES
 from tests.tape import Recorder
 from tests.tiny import SPEC, tiny_model
 
@@ -154,3 +157,13 @@ def test_replayed_passes_are_what_is_timed(
 def test_graphs_without_a_gpu_are_refused_before_any_work(models: tuple[CausalWanDiT, CausalWanDiT]) -> None:
     with pytest.raises(InputError, match="need a CUDA device, this is cpu"):
         further(("full+cuda-graphs",), *models, "w8a8-int8")
+
+
+@pytest.mark.parametrize(("layers", "ceiling"), [(4, 1.5), (None, 23 / (12 * 4 / 12 + 11))])
+def test_a_few_layers_stand_for_all(layers: int | None, ceiling: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the whole clean pass a local layer saves two thirds of its keys, however few layers there are."""
+    spec = replace(SPEC, layers=8, steps=(1000, 500))
+    monkeypatch.setitem(GEOMETRIES, "tiny", spec)
+    report = profile_geometry("tiny", torch.device("cpu"), Compared(rounds=1), layers=layers)
+    assert {run["stores"] for run in report["runs"]} == {None if layers else 8}
+    assert report["amdahl"]["attention_ceiling"] == pytest.approx(ceiling, rel=1e-5)

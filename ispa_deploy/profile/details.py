@@ -22,7 +22,7 @@ from ispa_deploy.profile.grids import (
 )
 from ispa_deploy.profile.grids import span as bracketed
 from ispa_deploy.profile.paper import PUBLISHED
-from ispa_deploy.profile.table import FPS, explanations, paper_grid
+from ispa_deploy.profile.table import FPS, explanations, paper_grid, setting_sentences
 from ispa_deploy.regions import FAMILIES, ROWS
 
 Report = dict[str, Any]
@@ -46,7 +46,7 @@ def section(report: Report, number: int) -> str:
     runs: list[Run] = report["runs"]
     titles = [title(run) for run in runs]
     blocks = [
-        _block("The paper's figures", _paper(report)),
+        _block("The paper's figures", _paper(report), escape(" ".join(setting_sentences(report)))),
         _block("What is possible, what was reached", _possible(report)),
         *_grids(
             "Longer windows",
@@ -87,7 +87,8 @@ def section(report: Report, number: int) -> str:
 def _possible(report: Report) -> str:
     head, *lines = amdahl_grid(report)
     table = _table(head, [(None, [escape(cell) for cell in line]) for line in lines], kind="numbers")
-    return table + "".join(f"<p>{escape(text)}</p>" for text in explanations(report))
+    said = setting_sentences(report)
+    return table + "".join(f"<p>{escape(text)}</p>" for text in explanations(report) if text not in said)
 
 
 def _grids(heading: str, grid: Sequence[Sequence[str]], note: str) -> list[str]:

@@ -128,7 +128,7 @@ def explanations(report: Report) -> list[str]:
             text.append("The paper's 1.86x is out of reach here: not even linear layers that cost nothing would do.")
     else:
         text.append(f"The paper's 1.86x would need linear layers {law['linear_speedup_needed']:.2f}x faster.")
-    return [*text, *_setting_sentences(report), *_window_sentences(report), *_eight_bit_sentences(report)]
+    return [*text, *setting_sentences(report), *_window_sentences(report), *_eight_bit_sentences(report)]
 
 
 def _beyond_ceiling(report: Report) -> list[str]:
@@ -152,7 +152,8 @@ def _window_sentences(report: Report) -> list[str]:
     ]
 
 
-def _setting_sentences(report: Report) -> list[str]:
+def setting_sentences(report: Report) -> list[str]:
+    """Where this report stands to the paper's setting."""
     setting = report.get("setting")
     if not setting:
         return []

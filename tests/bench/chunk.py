@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 import quant
-from export.profiling import configurations
+from export.profiling import configurations, whole
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions
 from ispa_deploy.profile.compare import PRICE_PAIRS, Configuration, compare
@@ -34,9 +34,9 @@ from tests.bench.published import SteadyPublished
 class Plan:
     """How a geometry is measured: rounds of `chunks` plain and `chunks` recorded chunks per configuration.
 
-    `plain`: rounds more without a recorder; `layers`: only so many; `brief`: the runs of the paper and the published
-    loop, without their start and chunks for what recording costs, and clean passes run to their end, so that a few
-    layers stand for all. `price_pairs`: most pairs of chunks for what recording costs. `shared_clock`: what `--shared`
+    `plain`: rounds more without a recorder; `layers`: only so many, whose clean passes run to their end, so that a few
+    stand for all; `brief`: the runs of the paper and the published loop, without their start and chunks for what
+    recording costs. `price_pairs`: most pairs of chunks for what recording costs. `shared_clock`: what `--shared`
     reads; a reading of the CPU clock is a system call, too dear for the demo's marks.
     """
 
@@ -83,8 +83,9 @@ def measure(geometry: str, plan: Plan, device: str, rounds: int | None, shared: 
     start = time.monotonic()
     runs = [*published(model), *configurations(model, eight, scheme.name)]
     if plan.brief:
-        whole = {run.name: replace(run.options, full_commit=True) for run in runs if run.name in BRIEF_RUNS}
-        runs = [replace(run, starts=False, options=whole[run.name]) for run in runs if run.name in whole]
+        runs = [replace(run, starts=False) for run in runs if run.name in BRIEF_RUNS]
+    if spec.layers < GEOMETRIES[geometry].layers:
+        runs = whole(runs)
     report = compare(
         runs,
         chunks=plan.chunks,
