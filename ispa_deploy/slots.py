@@ -68,7 +68,8 @@ class WindowSlots:
     def __post_init__(self) -> None:
         if self.recent % self.chunk or self.recent < 0:
             raise InputError(f"recent frames {self.recent}: expected a multiple of the chunk ({self.chunk} frames)")
-        if self.capacity < max(1, self.sink) + self.recent + self.chunk:
+        first = max(1, self.sink) if self.recent else self.sink  # recent frames lie behind frame 0
+        if self.capacity < first + self.recent + self.chunk:
             raise InputError(
                 f"window of {self.capacity} frames cannot hold sink, {self.recent} recent and {self.chunk} current"
             )
