@@ -190,7 +190,7 @@ def profile(
         list[str] | None,
         typer.Option(
             help="One more run, POLICY[:RATIO[:RECENT]][+SCHEME][+int8-kv|+int8-attention][+compile|+cuda-graphs], "
-            "e.g. absorb:1:3+w8a8 or full+compile; repeatable."
+            "e.g. absorb:1:3+w8a8, window:6 or full+compile; repeatable."
         ),
     ] = None,
     mid: Annotated[bool, typer.Option(help="Also profile the mid geometry (random weights), where 8 bits pay.")] = True,

@@ -101,16 +101,18 @@ def _asked(text: str) -> tuple[StreamOptions, str, str]:
     launch = more.pop() if more and more[-1] in LAUNCHES else ""
     kv, attention = CACHES[more.pop() if more and more[-1] in CACHES else ""]
     policy, *numbers = what.split(":")
+    options = StreamOptions(policy=policy, kv_dtype=kv, attention_dtype=attention)
     try:
-        ratio, recent = float(numbers[0]) if numbers else 0.5, int(numbers[1]) if len(numbers) > 1 else 0
+        if options.policy_value().own_window:
+            (frames,) = numbers
+            options = replace(options, window=int(frames))
+        elif numbers:
+            ratio, recent = (*numbers, "0")[:2]
+            options = replace(options, ratio=float(ratio), recent_frames=int(recent))
     except ValueError:
         numbers = ["", "", ""]
     if len(numbers) > 2 or len(more) > 1:
-        raise InputError(f"--also '{text}': expected {FORM}, for example absorb:1:3+w8a8")
-    options = StreamOptions(
-        policy=policy, ratio=ratio, recent_frames=recent, kv_dtype=kv, attention_dtype=attention
-    )  # fmt: skip
-    options.policy_value()
+        raise InputError(f"--also '{text}': expected {FORM} or window:FRAMES..., for example absorb:1:3+w8a8")
     scheme = more[0] if more else "none"
     if scheme not in (*SCHEMES, "w8a8"):
         raise known_names(f"scheme in --also {text}:", scheme, [*SCHEMES, "w8a8"])

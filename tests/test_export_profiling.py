@@ -42,11 +42,11 @@ def test_the_compared_runs_are_those_of_the_design(models: tuple[CausalWanDiT, C
 
 
 def test_further_runs_are_read_from_their_names(models: tuple[CausalWanDiT, CausalWanDiT]) -> None:
-    names = ("absorb:1:3+w8a8-int8", "sink-local", "window:0.25")
+    names = ("absorb:1:3+w8a8-int8", "sink-local", "window:6")
     asked, plain, window = further(names, *models, "w8a8-int8")
     assert (asked.options.ratio, asked.options.recent_frames, asked.model) == (1.0, 3, models[1])
     assert (plain.options.policy, plain.scheme, plain.model) == ("sink-local", "none", models[0])
-    assert window.options.ratio == 0.25
+    assert window.options.window == 6
     held, read = further(("absorb+int8-kv", "full+w8a8-int8+int8-attention"), *models, "w8a8-int8")
     made = further(("full+compile", "absorb:1+w8a8-int8+int8-kv+compile"), *models, "w8a8-int8")
     assert [run.opener for run in made] == [launched.compiled] * 2
@@ -60,7 +60,7 @@ def test_further_runs_are_read_from_their_names(models: tuple[CausalWanDiT, Caus
     "text",
     [
         "absorb:x", "absorb:1:2:3", "nothing", "absorb:1:y+w8a8", "full+none+int4-kv", "full+w9",
-        "full+compile+int8-kv",
+        "full+compile+int8-kv", "window", "window:0.5", "window:6:3",
     ],
 )  # fmt: skip
 def test_a_run_that_means_nothing_is_refused_before_any_work(text: str) -> None:
@@ -99,6 +99,12 @@ def test_a_scheme_that_did_not_run_is_an_error_unless_allowed() -> None:
     with pytest.raises(RunError, match=r"full\+w8a8.*simulated"):
         _audited(report, False)
     assert _audited(report, True) is report
+
+
+def test_a_shorter_window_keeps_less_of_the_full_cache(models: tuple[CausalWanDiT, CausalWanDiT]) -> None:
+    runs = [configurations(*models, "w8a8-int8")[0], *further(("window:6",), *models, "w8a8-int8")]
+    full, short = compare(runs, rounds=1, windows=())["runs"]
+    assert (full["kv_percent"], short["kv_percent"]) == (100, 50)
 
 
 def _eagerly(monkeypatch: pytest.MonkeyPatch, backend: Any = "eager") -> None:

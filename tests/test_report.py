@@ -35,6 +35,7 @@ from ispa_deploy.profile.report import Bench, report_of
 from ispa_deploy.profile.table import grid
 from ispa_deploy.profile.terminal import fitted, terminal
 from ispa_deploy.profile.trace import NAMES, TRACKS, decode, encode, trace
+from ispa_deploy.profile.windows import _verdict
 from ispa_deploy.regions import FAMILIES, ROWS, recording, region
 from quant.audit import audit
 from tests.tiny import SPEC, tiny_model
@@ -151,6 +152,23 @@ def test_nothing_is_reproduced_by_numbers_that_the_report_warns_of(
     assert made["paper"]["overall_w8a8"]["verdict"] == "not measured"
     doubts = any("does not close" in text or "explain" in text for text in made["warnings"])
     assert doubts == any("inconclusive" in entry["verdict"] for entry in made["paper"].values())
+
+
+def test_another_ratio_reproduces_nothing() -> None:
+    """More local layers gain more: that is not the paper's figure. At its own ratio the same numbers are."""
+    lanes = full, ispa = list(_ran())
+    full.recorded, full.plain = [chunk(60.0, 30.0, 10.0)] * 3, [100.0] * 3
+    ispa.recorded, ispa.plain = [chunk(40.0, 25.0, 5.0)] * 3, [70.0] * 3
+
+    def verdict() -> str:
+        made = report_of(lanes, "full", bench(), pixel_frames=4, command="", clock="wall")
+        return str(made["paper"]["overall"]["verdict"])
+
+    assert verdict() == "reproduced"
+    ispa.facts["local"] = [0, 1, 2]
+    assert verdict() == "inconclusive: the paper's figure is for 50 % of the layers local"
+    assert _verdict(2.0, 3.0, 0.75).startswith("inconclusive")
+    assert _verdict(1.85, 1.89, 0.5) == "reproduced"
 
 
 def test_an_unsteady_run_reproduces_nothing() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ispa_deploy.attention import attend
-from ispa_deploy.profile.paper import PAPER, REPRODUCED, Parts, keys_ratio
+from ispa_deploy.profile.paper import PAPER, PAPER_RATIO, REPRODUCED, Parts, keys_ratio
 from ispa_deploy.profile.recorder import Clock, stopwatch
 from ispa_deploy.specs import ModelSpec
 
@@ -65,12 +65,14 @@ def _row(
         "local_ms": near,
         "attention_speedup": gain,
         "ceiling": ceiling,
-        "verdict": _verdict(gain, ceiling),
+        "verdict": _verdict(gain, ceiling, ratio),
     }
 
 
-def _verdict(gain: float, ceiling: float) -> str:
+def _verdict(gain: float, ceiling: float, ratio: float) -> str:
     target = PAPER["attention"]
+    if gain >= REPRODUCED * target and ratio != PAPER_RATIO:
+        return f"inconclusive: the paper's figure is for {100 * PAPER_RATIO:.0f} % of the layers local"
     if gain >= REPRODUCED * target:
         return "reproduced"
     if ceiling < REPRODUCED * target:
