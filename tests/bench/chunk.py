@@ -61,8 +61,9 @@ PLANS = {
     "cuda": {
         "demo": Plan(torch.float32, rounds=10, chunks=2),
         "mid": Plan(torch.bfloat16, rounds=6, chunks=2),
-        "longlive-1.3b": Plan(torch.bfloat16, rounds=6, chunks=2),
-        "krea-14b": Plan(torch.bfloat16, rounds=3, chunks=1, plain=3),
+        "longlive-1.3b": Plan(torch.bfloat16, rounds=6, chunks=2, price_pairs=6),
+        # A chunk takes seconds and has hundreds of blocks: two pairs tell what recording costs.
+        "krea-14b": Plan(torch.bfloat16, rounds=3, chunks=1, plain=3, price_pairs=2),
     },
 }
 BRIEF_RUNS = ("published", "full", "ispa", "full+w8a8", "ispa+w8a8")
