@@ -231,19 +231,31 @@ class Absorber:
         settings, device = self.settings, self.cache.device
         index = layer - len(self.targets) + len(self._early)
         early, late = self._early[index], self._late[index] if self._late else None
+        score, projected = (None, None) if late is None else self._held_out(early, late)
         every = (early if late is None else early + late).to(device)  # on the device one at a time
+        every.projected = projected
         solution = solve(every, settings.ridge, intercept=settings.intercept)
         cut = None
         if self.rank is not None and self.policy.absorbs and not solution.failed:
             cut = truncate(every, solution, self.rank)
         del every
-        score = None if solution.failed else solution.residual
+        if late is None or solution.failed:
+            score = None if solution.failed else solution.residual
         if solution.weight is not None:  # sums on the host: its fit waits there, the device has room for one at a time
             solution = replace(solution, weight=solution.weight.to(early.gram.device))
-        if late is not None and not solution.failed:
-            trial = solve(early.to(device), settings.ridge, intercept=settings.intercept, certified=False)
-            score = None if trial.weight is None else late.to(device).residual(trial.weight, trial.bias)
         return LayerRecord(solution, score, truncation=cut)
+
+    def _held_out(self, early: Statistics, late: Statistics) -> tuple[float | None, Tensor]:
+        """The error on the late rows of a fit to the early ones, None if it failed; and H W of both."""
+        settings, device = self.settings, self.cache.device
+        near = early.to(device)
+        trial = solve(near, settings.ridge, intercept=settings.intercept, certified=False)
+        projected, near.projected = near.projected_cross(), None
+        del near  # both at once have no room on the device
+        far = late.to(device)
+        score = None if trial.weight is None else far.residual(trial.weight, trial.bias)
+        del trial
+        return score, projected.add_(far.projected_cross())
 
     def _ranked(self) -> list[int]:
         """Layers in the order in which they become local."""

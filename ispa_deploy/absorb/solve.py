@@ -17,6 +17,7 @@ from torch import Tensor
 from ispa_deploy.absorb.stats import Statistics
 from ispa_deploy.errors import InputError
 
+_ROWS = 256
 RETRIES = 6
 """Factor-of-ten increases of λ that are tried, and reported, before a layer is given up."""
 
@@ -59,7 +60,7 @@ class Solution:
 def solve(stats: Statistics, ridge: Ridge, *, intercept: bool = False, certified: bool = True) -> Solution:
     """Ridge regression of the gap's projection on the local rows; never raises on bad numbers, says so in `status`.
 
-    `certified` False leaves condition and residual out (NaN): half the time, for a fit that is only tried.
+    `certified` False leaves the condition number out (NaN), for a fit that is only tried.
     """
     # In this order and in place: of a wide layer three squares lie beside its sums, no more.
     cross_w = stats.projected_cross()
@@ -81,7 +82,12 @@ def solve(stats: Statistics, ridge: Ridge, *, intercept: bool = False, certified
     _solve_by(factor, delta)
     condition = _condition(factor) if certified else math.nan
     del factor  # as large as the solution: a wide layer has no room for it beside what follows
-    bias = (gap_w - stats.local_sum.double() @ delta) / stats.rows if intercept else None
+    moved = stats.local_sum.double() @ delta
+    bias = (gap_w - moved) / stats.rows if intercept else None
+    # The normal equations stand in for G ΔW: ε = s - tr((HW)ᵀΔW) - λ‖ΔW‖², of centred sums with an intercept.
+    residual = stats.gap_energy - _inner(cross_w, delta) - strength * _inner(delta, delta)
+    if intercept:
+        residual -= float((gap_w - moved) @ gap_w) / stats.rows
     weight = delta.T
     return Solution(
         weight=weight,
@@ -89,10 +95,15 @@ def solve(stats: Statistics, ridge: Ridge, *, intercept: bool = False, certified
         ridge=strength,
         condition=condition,
         effective_rank=effective_rank,
-        residual=stats.residual(weight, bias) if certified else math.nan,
+        residual=residual,
         gap=stats.gap_energy,
         status=f"ridge raised x10^{raised}" if raised else "ok",
     )
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    """tr(aᵀb) of two squares, a part at a time: no third is made."""
+    return sum(float(torch.sum(one * two)) for one, two in zip(a.split(_ROWS), b.split(_ROWS), strict=True))
 
 
 def _centred_gram(stats: Statistics, intercept: bool) -> Tensor:

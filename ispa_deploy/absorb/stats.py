@@ -43,7 +43,8 @@ class Statistics:
         self.local_sum = torch.zeros(width, dtype=dtype, device=device)
         self.gap_sum = torch.zeros_like(self.local_sum)
         self._energy = torch.zeros((), dtype=torch.float64, device=sample.device)
-        self._projected: Tensor | None = None
+        self.projected: Tensor | None = None
+        """H W (I, O) float64 where it is known: what `projected_cross` gives."""
         self._fade = 1.0
         self.rows = 0.0
 
@@ -145,7 +146,7 @@ class Statistics:
             self._whole = False
 
     def _count(self, a: Tensor, e: Tensor, rows: int, weight: float) -> None:
-        self._projected = None
+        self.projected = None
         self.local_sum.add_(a.to(self.local_sum.device), alpha=weight)
         self.gap_sum.add_(e.to(self.gap_sum.device), alpha=weight)
         self.rows += weight * rows
@@ -160,7 +161,7 @@ class Statistics:
 
         The squares are left as they are, and later rows count more in them.
         """
-        self._projected = None
+        self.projected = None
         for total in (self.local_sum, self.gap_sum, self._energy):
             total.mul_(factor)
         self.rows *= factor
@@ -180,7 +181,7 @@ class Statistics:
 
     def _like(self, total: Callable[[str], Tensor], rows: float) -> Statistics:
         made = object.__new__(Statistics)
-        made._weight, made.rows, made._projected, made._fade = self._weight, rows, None, 1.0
+        made._weight, made.rows, made.projected, made._fade = self._weight, rows, None, 1.0
         made._gram, made._cross, made._half, made._whole = total("gram"), total("cross"), False, False
         made.local_sum, made.gap_sum, made._energy = total("local_sum"), total("gap_sum"), total("_energy")
         return made
@@ -203,13 +204,13 @@ class Statistics:
 
     def projected_cross(self) -> Tensor:
         """H W, (I, O) float64, columns contiguous: made once, solve and certificate both ask for it."""
-        if self._projected is None:
+        if self.projected is None:
             weight, cross = self.weight.to(self.cross.device).double(), self.cross
             made = torch.empty_like(weight)
             for rows in _slices(len(cross)):
                 torch.mm(cross[rows].double(), weight.T, out=made.T[rows])
-            self._projected = made.T
-        return self._projected
+            self.projected = made.T
+        return self.projected
 
 
 def _slices(rows: int, step: int = 256) -> list[slice]:
