@@ -189,8 +189,8 @@ def profile(
     also: Annotated[
         list[str] | None,
         typer.Option(
-            help="One more run, POLICY[:RATIO[:RECENT]][+SCHEME][+int8-kv|+int8-attention][+compile|+cuda-graphs], "
-            "e.g. absorb:1:3+w8a8, window:6 or full+compile; repeatable."
+            help="One more run: POLICY, then :RATIO and :RECENT, +SCHEME, +int8-kv or +int8-attention, +compile or "
+            "+cuda-graphs, each if wanted. For example absorb:1:3+w8a8, window:6, full+compile. Repeatable."
         ),
     ] = None,
     mid: Annotated[bool, typer.Option(help="Also profile the mid geometry (random weights), where 8 bits pay.")] = True,

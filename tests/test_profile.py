@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import quant
 from ispa_deploy.errors import InputError
 from ispa_deploy.memory import weight_bytes
 from ispa_deploy.options import StreamOptions, open_stream
@@ -206,9 +207,13 @@ def demo() -> Any:
     return random_model(GEOMETRIES["demo"])
 
 
-def test_latents_are_bit_equal_with_and_without_a_recorder(demo: Any) -> None:
-    """Through warm-up, transition and one absorbed chunk."""
-    model = demo
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float32 in 8 bits", "bfloat16 in 8 bits"])
+def test_latents_are_bit_equal_with_and_without_a_recorder(kind: str, demo: Any) -> None:
+    """Through warm-up, transition and one absorbed chunk, by whichever kernels this processor has."""
+    dtype, _, eight = kind.partition(" ")
+    model = demo if kind == "float32" else random_model(GEOMETRIES["demo"], getattr(torch, dtype))
+    if eight:
+        quant.quantise_(model, quant.SCHEMES["w8a8-int8"])
     text = torch.randn(1, model.spec.text_len, model.spec.text_dim)
 
     def latents() -> torch.Tensor:
