@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,26 @@ def test_attention_over_coded_keys_takes_no_turn() -> None:
     names = ["flash_fwd", "_attention_kernel", "flash_fwd", "flash_fwd", "ispa_attention_int8", "flash_fwd"]
     rows = kernels.rows_of([Kernel(name, n, 1) for n, name in enumerate(names)])
     assert rows == ["attention.kernel", "attention.kernel", "attention.cross"] * 2
+
+
+def test_of_a_gpus_trace_only_what_ran_there_counts() -> None:
+    """The profiler lists operators of the host beside the kernels they launched; those of a replayed graph have none."""
+
+    def event(name: str, device: str, start: float, length: float) -> SimpleNamespace:
+        span = SimpleNamespace(start=start, elapsed_us=lambda: length)
+        return SimpleNamespace(name=name, device_type=SimpleNamespace(name=device), time_range=span)
+
+    trace = [
+        event("aten::linear", "CPU", 0, 900),
+        event("cudaGraphLaunch", "CPU", 0, 50),
+        event("nvjet_tst_128x256", "CUDA", 100, 400),
+        event("_residual_norm_kernel", "CUDA", 500, 100),
+        event("Memcpy DtoD (Device -> Device)", "CUDA", 700, 100),
+    ]
+    chunk = breakdown_of(kernels._gpu_kernels(trace), 1.0)  # type: ignore[arg-type]
+    assert {row: ms for row, ms in chunk.components.items() if ms} == {
+        "linear.gemm": 0.4, "overhead.norm": 0.1, "attention.cache": 0.1, "overhead.python": pytest.approx(0.4),
+    }  # fmt: skip
 
 
 def test_every_pattern_stands_for_a_row() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import suppress
 from dataclasses import replace
 from statistics import median
 
@@ -16,13 +17,13 @@ from ispa_deploy.profile.interval import ENOUGH, median_interval, ratio_interval
 from ispa_deploy.profile.layers import block_calls, layer_times
 from ispa_deploy.profile.paper import Parts, keys_ratio
 from ispa_deploy.profile.price import Price, block_ratios, mark_price, price_of
-from ispa_deploy.profile.recorder import CLOCKS, CpuRecorder
+from ispa_deploy.profile.recorder import CLOCKS, CpuRecorder, CudaRecorder, spent
 from ispa_deploy.profile.roofline import measure_peaks, roofline
 from ispa_deploy.profile.start import AFTER, measure_start
 from ispa_deploy.profile.steady import SteadyStream
 from ispa_deploy.profile.windows import LONG, chunk_gain, measure_windows, window_needed
 from ispa_deploy.profile.work import Setting, Work, chunk_work, keys_of
-from ispa_deploy.regions import recorded, recording
+from ispa_deploy.regions import ROWS, recorded, recording, region
 from ispa_deploy.specs import ModelSpec
 from tests.tiny import SPEC, tiny_model
 
@@ -138,6 +139,62 @@ def test_a_block_that_waits_shows_in_its_own_line() -> None:
     assert times[2] >= 50 * passes
     assert max(times[:2] + times[3:]) < times[2] / 2
     assert not any(block._forward_hooks for block in model.layers())
+
+
+# A GPU's recorder, on a clock that a test turns
+
+
+class _Clock:
+    """Stands for a CUDA stream and its events: an event notes the moment the stream has come to."""
+
+    now = 0.0
+
+    class Event:
+        def __init__(self, enable_timing: bool = False) -> None:
+            assert enable_timing
+            self.at = -1.0
+
+        def record(self, stream: object) -> None:
+            assert stream == "the stream"
+            self.at = _Clock.now
+
+        def elapsed_time(self, later: _Clock.Event) -> float:
+            assert later.at >= self.at >= 0
+            return later.at - self.at
+
+
+def test_events_around_marks_account_for_every_moment_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nested marks, a mark left by an error, and the same events again in a second chunk."""
+
+    class Stream(str):
+        def synchronize(self) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Event", _Clock.Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("the stream"))
+    recorder = CudaRecorder(torch.device("cuda"))
+    assert recorder.stretches() == []
+
+    def work(ms: float) -> None:
+        _Clock.now += ms
+
+    for times in (1.0, 10.0):
+        with recording(recorder):
+            recorder.begin()
+            work(1 * times)
+            with region("linear.gemm"):
+                work(2 * times)
+                with suppress(ValueError), region("attention.kernel"):
+                    work(3 * times)
+                    raise ValueError
+                work(4 * times)
+            work(5 * times)
+            recorder.end()
+        found = dict(zip((*ROWS, "unattributed"), spent(recorder.stretches()), strict=True))
+        assert {row: ms for row, ms in found.items() if ms} == {
+            "linear.gemm": 6 * times, "attention.kernel": 3 * times, "unattributed": 6 * times,
+        }  # fmt: skip
+        assert recorder.marks() == 2
 
 
 # What recording costs
