@@ -92,7 +92,7 @@ def test_attention_over_coded_keys_takes_no_turn() -> None:
 
 
 def test_of_a_gpus_trace_only_what_ran_there_counts() -> None:
-    """The profiler lists operators of the host beside the kernels they launched; those of a replayed graph have none."""
+    """The profiler lists the host's operators beside the kernels they launched; a replayed graph has kernels alone."""
 
     def event(name: str, device: str, start: float, length: float) -> SimpleNamespace:
         span = SimpleNamespace(start=start, elapsed_us=lambda: length)
