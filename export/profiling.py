@@ -134,8 +134,6 @@ def profile_bundle(
     bundle: Bundle, asked: Compared, *, command: str = "", load_ms: float | None = None, say: Say | None = None
 ) -> dict[str, Any]:
     """The report of a bundle's own model; a bundle without 8-bit layers is compared with its quantised copy."""
-    if bundle.spec.audio_blocks:
-        raise InputError(f"profile of '{bundle.spec.name}': expected text to video; `run --json` times this one")
     scheme = bundle.manifest.scheme
     if SCHEMES[scheme].layer == "float":
         chosen, line = resolve("w8a8", bundle.model.device)

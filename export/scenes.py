@@ -13,8 +13,8 @@ from torch import Tensor
 from export.bundle import Bundle
 from export.initial import read_latents, resampled
 from ispa_deploy.adapt import adapted, check_length
-from ispa_deploy.avatar.audio import LEAD_FRAMES, LEAD_STEPS
-from ispa_deploy.avatar.stream import Scene
+from ispa_deploy.avatar.audio import LEAD_STEPS
+from ispa_deploy.avatar.stream import Scene, stand_in_scene
 from ispa_deploy.errors import InputError
 from ispa_deploy.media.audio import open_wav2vec2, read_audio
 from ispa_deploy.media.image import covering, read_image
@@ -143,12 +143,3 @@ def followed(vae: WanVae | None, pixels: Tensor, latents: Tensor) -> Tensor:
     shown = vae.decoder()(latents)[0].cpu()
     still_frames = pixels.expand(max(0, LEAD_STEPS - len(shown)), -1, -1, -1)
     return vae.encode(torch.cat([still_frames, shown])[-LEAD_STEPS:][None])
-
-
-def stand_in_scene(spec: ModelSpec, frames: int) -> Scene:
-    """Noise to hear and to look at, for random weights: good for measuring speed, meaningless otherwise."""
-    generator = torch.Generator().manual_seed(0)
-    steps = frames * spec.temporal_stride
-    states = torch.randn(1, spec.audio_states, spec.audio_dim, steps, generator=generator)
-    shown = torch.randn(1, 1, *spec.latent_shape, generator=generator)
-    return Scene(states, shown, shown.expand(-1, LEAD_FRAMES, -1, -1, -1))

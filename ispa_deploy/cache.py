@@ -44,6 +44,8 @@ class KVCache:
     """
 
     rests = False
+    condition_tokens = 0
+    """Tokens that every pass sees beside the window (speech to video's condition)."""
 
     def __init__(
         self,

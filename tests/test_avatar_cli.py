@@ -22,13 +22,16 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from cli import app
+from export.bundle import open_bundle
 from export.companions import open_vae
+from export.profiling import configurations, dequantised
 from export.scenes import posed
 from ispa_deploy.avatar.model import CausalS2V
 from ispa_deploy.errors import InputError, RunError
 from ispa_deploy.media.audio import read_audio
 from ispa_deploy.media.image import covering, read_image
 from ispa_deploy.media.video import VideoWriter, read_video
+from ispa_deploy.profile.compare import compare
 from ispa_deploy.sampler import Sampler
 from ispa_deploy.specs import SPECS
 from tests.test_media_audio import LAYERS, WIDTH, tiny_wav2vec2, tone, write_wav
@@ -421,10 +424,26 @@ def test_another_resolution_and_what_is_foreseen_of_it(bundle: Path, given: tupl
     assert done["kv"]["full_bytes"] == 4 * (12 * 4 * 30 + condition) * 64 * 4 * 2
 
 
-def test_profile_says_that_it_cannot(bundle: Path) -> None:
-    done = invoke("profile", bundle)
-    assert isinstance(done.exception, InputError)
-    assert "text to video" in str(done.exception)
+def test_a_profile_has_its_rings_its_condition_and_its_audio(bundle: Path) -> None:
+    model = open_bundle(bundle, allow_fallback=True).model
+    runs = configurations(dequantised(model), model, "w8a8-int8")[:4]
+    report = compare(runs, rounds=1, price_pairs=1, timeline=False, windows=())
+    assert (report["model"]["passes"], report["model"]["window"]) == (4, 12)
+    tokens, condition = 24, 58
+    ring, kept = 4 * 12 * tokens, condition
+    for run in report["runs"]:
+        local = run["name"].startswith("ispa")
+        assert run["kv_percent"] == pytest.approx(100 * (1 - 0.5 * local * ring / (ring + kept)), abs=1e-3)
+        assert run["memory"]["kv_persistent"] == (4 * (ring + kept) - 2 * local * ring) * 64 * 4 * 2
+        rows = run["components"]
+        assert all(rows[row] > 0 for row in ("attention.kernel", "attention.cross", "overhead.audio", "linear.gemm"))
+        assert sum(rows.values()) + run["unattributed_ms"] == pytest.approx(run["wall_ms"], rel=0.01)
+    warm = next(run for run in report["runs"] if run["name"] == "ispa")["start"]
+    assert [chunk["state"] for chunk in warm["chunks"]] == ["warm-up"] * 3 + ["transition", "steady", "steady"]
+    # An F-layer sees the ring and the condition, an L-layer the condition and the chunk.
+    seen = (12 + condition / tokens, 3 + condition / tokens)
+    assert report["amdahl"]["attention_ceiling"] == pytest.approx(1 / (0.5 + 0.5 * seen[1] / seen[0]), rel=1e-4)
+    assert report["windows"][0]["window"] == round(seen[0], 1)
 
 
 # -- pictures

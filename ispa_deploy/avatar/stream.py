@@ -55,6 +55,15 @@ class Scene:
             raise InputError(f"{len(self.states)} speakers: expected a mask of {spec.grid} tokens for each of them")
 
 
+def stand_in_scene(spec: ModelSpec, frames: int) -> Scene:
+    """Noise to hear and to look at, for random weights: good for measuring speed, meaningless otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    steps = frames * spec.temporal_stride
+    states = torch.randn(1, spec.audio_states, spec.audio_dim, steps, generator=generator)
+    shown = torch.randn(1, 1, *spec.latent_shape, generator=generator)
+    return Scene(states, shown, shown.expand(-1, LEAD_FRAMES, -1, -1, -1))
+
+
 @dataclass
 class AvatarStream(Stream):
     """A stream of `CausalS2V`. `scene` is needed; `distance` draws how far ahead the reference stands.
@@ -85,15 +94,15 @@ class AvatarStream(Stream):
     def _follow_prompt(self, start: int) -> None:
         super()._follow_prompt(start)
         if start == 0:
-            self._prefill()
+            self.prefill()
 
     def _recache(self, start: int) -> None:
         """The condition agrees with the new prompt."""
-        self._prefill()
+        self.prefill()
 
     @torch.inference_mode()
-    def _prefill(self) -> None:
-        """Without corrections: here no history is missing that they could stand for."""
+    def prefill(self) -> None:
+        """Keys and values of the condition, without corrections: no history is missing that they could stand for."""
         with self._memory.condition(), self.absorber.resting():
             tokens = self._network.condition_tokens(self._reference, self._motion)
             self._network.prefill(tokens, self._condition(0.0), self.text, self._memory)
@@ -131,7 +140,7 @@ class AvatarStream(Stream):
             self._move(torch.cat(self._clip, 1))
             self._clip = []
             self.absorber.recalibrate(end)
-            self._prefill()
+            self.prefill()
 
     @torch.inference_mode()
     def _move(self, clip: Tensor) -> None:

@@ -87,7 +87,7 @@ def attention_shortfall(run: Breakdown, ours: float) -> dict[str, Any]:
     return {"component": component, "factor": PAPER["attention"] / ours}
 
 
-def keys_ratio(ratio: float, window: int, local: int) -> float:
+def keys_ratio(ratio: float, window: float, local: float) -> float:
     """Most that self-attention can gain: keys seen before over keys seen after, `ratio` of the layers being local."""
     return 1 / (1 - ratio * (1 - local / window))
 

@@ -141,7 +141,7 @@ def _model_row(model: CausalWanDiT) -> dict[str, Any]:
         "geometry": geometry,
         "window": spec.window_frames,
         "chunk_frames": spec.chunk_frames,
-        "passes": len(spec.steps) + 1,
+        "passes": len(spec.steps) + (0 if spec.audio_blocks else 1),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ispa_deploy.avatar.stream import stand_in_scene
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions, open_stream
 from ispa_deploy.profile.breakdown import Breakdown
@@ -61,7 +62,8 @@ def measure_start(
     opened: list[Stream] = []
 
     def open_one(frames: int) -> None:
-        opened.append(open_stream(model, text, replace(options, frames=frames), decoder=decoder))
+        scene = stand_in_scene(spec, frames) if spec.audio_blocks else None
+        opened.append(open_stream(model, text, replace(options, frames=frames), decoder=decoder, scene=scene))
 
     frames = _frames(model, options, first)
     opening = measure(lambda: open_one(frames), model, device, clock)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from ispa_deploy.absorb.stats import Statistics
+from ispa_deploy.avatar.cache import AvatarLayer
+from ispa_deploy.avatar.stream import AvatarStream, stand_in_scene
 from ispa_deploy.delta import Delta
 from ispa_deploy.layercache import WindowCache
 from ispa_deploy.model import CausalWanDiT
@@ -41,12 +43,15 @@ class SteadyStream:
         generator = torch.Generator(model.device).manual_seed(seed)
         text = torch.randn(1, spec.text_len, spec.text_dim, generator=generator, device=model.device)
         frames = spec.first_chunk_frames or spec.chunk_frames
-        stream = open_stream(model, text, replace(options, frames=frames))
+        scene = stand_in_scene(spec, frames) if spec.audio_blocks else None
+        stream = open_stream(model, text, replace(options, frames=frames), scene=scene)
         start = _fill(stream, generator)
         stream.absorber.adopt(_deltas(stream, generator) if stream.absorber.policy.localises else {})
         _take_back(stream)
-        # Chunks as in mid-stream, all committed; but the first, which only warms up, takes one denoising pass.
-        stream.sampler = Sampler(stream.sampler.schedule, first=Schedule.few_step(spec.steps[:1], spec.shift))
+        # Chunks as in mid-stream, all committed; but the first, which only warms up, takes one denoising pass. Where
+        # each step has keys of its own, it takes all.
+        if scene is None:
+            stream.sampler = Sampler(stream.sampler.schedule, first=Schedule.few_step(spec.steps[:1], spec.shift))
         stream.chunks = [(start + n * spec.chunk_frames, spec.chunk_frames) for n in range(chunks)]
         stream.commit_last = True
         return SteadyStream(stream, iter(stream))
@@ -69,11 +74,13 @@ class SteadyStream:
     def facts(self) -> dict[str, Any]:
         """What can only be read while it is this stream's turn; memory in bytes, of the stream alone."""
         cache, absorber = self.stream.cache, self.stream.absorber
+        beside = cache.condition_tokens / cache.frame_tokens
+        sink = (beside or 1) if absorber.policy.sink else 0
         return {
             "localises": absorber.policy.localises,
             "local": absorber.local_layers(),
-            "near": absorber.policy.sink + cache.recent + cache.spec.chunk_frames,
-            "window": cache.spec.window_frames,
+            "near": sink + cache.recent + cache.spec.chunk_frames,
+            "window": cache.spec.window_frames + beside if beside else cache.spec.window_frames,
             "stores": None if self.stream.full_commit else cache.storing_layers(),
             "delta": self.delta_mode(),
             "coded_attention": cache.coded_attention.report() if cache.coded_attention else None,
@@ -122,6 +129,11 @@ def _fill(stream: Stream, generator: torch.Generator) -> int:
     while start < spec.window_frames:
         cache.begin(start, count)
         start, count = start + count, spec.chunk_frames
+    rings = [layer.ring for layer in cache._layers if isinstance(layer, AvatarLayer)]
+    for part in (part for ring in rings for part in (ring.k, ring.v)):
+        part.normal_(generator=generator)
+    if isinstance(stream, AvatarStream):
+        stream.prefill()
     windows = [layer for layer in cache._layers if isinstance(layer, WindowCache)]
     for store in (store for layer in windows for store in (layer.k, layer.v)):
         for slot in range(spec.window_frames):

@@ -8,6 +8,7 @@ well: one call over the whole window, one over the local frames, at this model's
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import ceil
 from statistics import median
 from typing import Any
 
@@ -22,14 +23,14 @@ LONG = 72
 """Frames at which the keys that half of the layers drop explain 1.89x, with a sink of one and a chunk of three."""
 
 
-def window_needed(ratio: float, local: int, target: float = PAPER["attention"], most: int = 4096) -> int | None:
+def window_needed(ratio: float, local: float, target: float = PAPER["attention"], most: int = 4096) -> int | None:
     """Fewest frames of window at which dropping keys explains `target`; None where no window does."""
-    return next((frames for frames in range(local, most) if keys_ratio(ratio, frames, local) >= target), None)
+    return next((frames for frames in range(ceil(local), most) if keys_ratio(ratio, frames, local) >= target), None)
 
 
 def measure_windows(
     spec: ModelSpec, dtype: torch.dtype, device: torch.device, clock: Clock, *,
-    ratio: float, local: int, windows: tuple[int, ...], rounds: int = 3, backend: str = "auto",
+    ratio: float, local: float, windows: tuple[float, ...], rounds: int = 3, backend: str = "auto",
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row per window: ms of one full and of one local call, what a share `ratio` of local layers gains by them, the
     most that the dropped keys explain, and how that stands to the paper's figure."""
@@ -37,18 +38,19 @@ def measure_windows(
 
 
 def _row(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device, clock: Clock, window: int, ratio: float, local: int,
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, clock: Clock, window: float, ratio: float, local: float,
     rounds: int, backend: str,
 ) -> dict[str, Any]:  # fmt: skip
     tokens = spec.frame_tokens
     shape = (spec.heads, spec.head_dim)
     q = torch.randn(1, spec.chunk_frames * tokens, *shape, device=device).to(dtype)
-    k, v = (torch.randn(1, window * tokens, *shape, device=device).to(dtype) for _ in range(2))
+    k, v = (torch.randn(1, round(window * tokens), *shape, device=device).to(dtype) for _ in range(2))
 
-    def call(frames: int) -> Callable[[], object]:
-        return lambda: attend(q, k[:, : frames * tokens], v[:, : frames * tokens], backend=backend)
+    def call(frames: float) -> Callable[[], object]:
+        keys = round(frames * tokens)
+        return lambda: attend(q, k[:, :keys], v[:, :keys], backend=backend)
 
-    times: dict[int, list[float]] = {window: [], local: []}
+    times: dict[float, list[float]] = {window: [], local: []}
     with torch.inference_mode():
         for number in range(rounds + 1):
             for frames, found in times.items():
@@ -59,7 +61,7 @@ def _row(
     gain = 1 / (1 - ratio + ratio * near / full)
     ceiling = keys_ratio(ratio, window, local)
     return {
-        "window": window,
+        "window": round(window, 1),
         "ratio": ratio,
         "full_ms": full,
         "local_ms": near,

@@ -50,7 +50,7 @@ class Setting:
         return self.weight_width == _EIGHT_BIT
 
 
-def keys_of(spec: ModelSpec, local: Iterable[int], near: int) -> list[int]:
+def keys_of(spec: ModelSpec, local: Iterable[int], near: float) -> list[float]:
     """Frames seen by each layer when the layers `local` see only `near` frames, the others the whole window."""
     return [near if layer in set(local) else spec.window_frames for layer in range(spec.layers)]
 
@@ -109,6 +109,12 @@ def _pass_work(spec: ModelSpec, setting: Setting, layers: int, *, head: bool) ->
         "overhead.norm": Work(0, _NORM_TENSORS * one + 2 * spec.ffn_dim * queries * width) * layers,
         "overhead.rope": Work(0, 4 * one) * layers,
     }
+    if spec.audio_blocks and head:  # queries of each frame see its audio tokens; these linears stay as they are
+        count = len(spec.audio_blocks)
+        rows["attention.cross"] += _attention(spec, queries, spec.audio_tokens + 1, width) * count
+        plain = Setting(keys=(), width=width, weight_width=width)
+        rows["linear.gemm"] += _linears([(spec.dim, spec.dim)] * 2, queries, plain) * count
+        rows["overhead.norm"] += Work(0, 7 * one) * count
     if setting.eight_bit:
         rows["linear.quantise"] = Work(0, queries * inputs * (width + _EIGHT_BIT)) * layers
         rows["linear.dequantise"] = Work(0, 2 * queries * outputs * width) * layers
