@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,14 @@ def test_without_results_the_table_says_so(tmp_path: Path) -> None:
     assert "make bench" in table(tmp_path)
     assert "make bench" in parts(tmp_path)
     assert headline(tmp_path) == "No GPU has been measured yet."
+
+
+def test_every_result_says_how_and_on_what_it_was_measured() -> None:
+    """But for the quality table, which no hardware changes, and what no machine at hand can measure again."""
+    old = {"cpu-amd-epyc-2c-avx2/int8_linear.json"}
+    for file in (ROOT / "docs" / "results").glob("*/*.json"):
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if f"{file.parent.name}/{file.name}" not in old:
+            assert document["command"].startswith("python -m tests.bench."), file
+            assert {"cpu", "torch", "threads"} <= set(document["env"]), file
+            assert file.parent.name.startswith(slug(document["env"])), file

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ispa_deploy.delta import Delta
+from ispa_deploy.profile.environment import environment
+from ispa_deploy.profile.files import write_json
 from quant.kernels_cpu import accelerate, compile_note
 from quant.layers import WideInt8Linear
 from quant.linear import Int8Linear
@@ -106,6 +106,13 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _command(arguments: argparse.Namespace) -> str:
+    """What makes these numbers; where they are written is nobody's business."""
+    flags = [f"--rounds {arguments.rounds}", *([f"--rows {arguments.rows}"] if arguments.rows != ROWS else [])]
+    flags += [f"--{name.replace('_', '-')}" for name in ("eager", "no_mallopt") if getattr(arguments, name)]
+    return " ".join(["python -m tests.bench.int8_linear", *flags])
+
+
 @torch.no_grad()
 def main() -> None:
     """Print the table and one JSON line; exit 1 when int8 is not faster than both or errs by more than 2 %."""
@@ -123,17 +130,14 @@ def main() -> None:
     torch.manual_seed(0)
     results = [measure(arguments.rows, k, n, arguments.rounds) for k, n in SHAPES]
     document = {
-        "benchmark": "int8_linear", "command": " ".join(["python -m tests.bench.int8_linear", *sys.argv[1:]]),
-        "torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(), "threads": 1, "rounds": arguments.rounds,
+        "schema_version": 1, "command": _command(arguments), "env": environment(torch.device("cpu")),
+        "processor": torch.backends.cpu.get_cpu_capability(), "threads": 1, "rounds": arguments.rounds,
         "mallopt": tuned, "eager": arguments.eager, "compile_note": compile_note(), "results": results,
     }  # fmt: skip
     print(table(results))
-    print(json.dumps(document, sort_keys=True))
+    print(json.dumps(document))
     if arguments.json:
-        partial = arguments.json.with_name(arguments.json.name + ".partial")
-        partial.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
-        partial.replace(arguments.json)
+        write_json(arguments.json, document)
     good = all(
         r["over_bf16"]["int8"] < 1 and r["over_fp32"]["int8"] < 1 and r["relative_error"]["int8"] <= 0.02
         for r in results
