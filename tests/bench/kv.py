@@ -56,8 +56,8 @@ def chunk_seconds(steady: SteadyStream) -> float:
 def times(model: CausalWanDiT, linears: str, rounds: int) -> list[dict[str, Any]]:
     """One row per form, on one model."""
     streams = {name: SteadyStream.open(model, options, rounds + 1) for name, options in FORMS.items()}
-    for coded in filter(None, (each.stream.cache.coded_attention for each in streams.values())):
-        coded.assert_will_run()
+    for attention in filter(None, (each.stream.cache.coded_attention for each in streams.values())):
+        attention.assert_will_run()
     seconds: dict[str, list[float]] = {name: [] for name in streams}
     for number in range(rounds + 1):
         order = list(streams)[number % len(streams) :] + list(streams)[: number % len(streams)]
