@@ -11,6 +11,7 @@ import torch
 
 from ispa_deploy.profile.environment import slug
 from ispa_deploy.profile.geometries import GEOMETRIES
+from tests.bench import long_w8a8
 from tests.bench.__main__ import command
 from tests.bench.chunk import Plan, measure
 from tests.bench.readme import END, HEADLINE, PARTS, START, headline, main, parts, reports, table
@@ -93,3 +94,22 @@ def test_every_result_says_how_and_on_what_it_was_measured() -> None:
             assert document["command"].startswith("python -m tests.bench."), file
             assert {"cpu", "torch", "threads"} <= set(document["env"]), file
             assert file.parent.name.startswith(slug(document["env"])), file
+
+
+def test_a_long_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the metrics it kept, and only where they were made as asked for."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    folder, out = tmp_path / "parts", tmp_path / "out.json"
+    flags = ["--pairs", "2", "--batch", "1", "--parts", str(folder), "--json", str(out)]
+    assert long_w8a8.main(["--chunks", "5", *flags, "--stop-after", "0.001"]) == 3
+    assert [path.name for path in folder.iterdir()] == ["float32-00000.json"]
+    assert long_w8a8.main(["--chunks", "5", *flags]) in (0, 1)
+    assert len(list(folder.iterdir())) == 4
+    made = json.loads(out.read_text())["metrics"]["flicker"]
+    kept = json.loads((folder / "float32-00001.json").read_text())
+    kept["rows"][0]["flicker"] += 1.0
+    (folder / "float32-00001.json").write_text(json.dumps(kept))
+    long_w8a8.main(["--chunks", "5", *flags])
+    assert json.loads(out.read_text())["metrics"]["flicker"]["full"] == pytest.approx(made["full"] + 0.5)
+    with pytest.raises(SystemExit, match="made with"):
+        long_w8a8.main(["--chunks", "6", *flags])
