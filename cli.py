@@ -163,7 +163,7 @@ def run(
     timeline = _timeline(prompts, spec, options)
     opened = _accompanied(_open(bundle, machine, prompts.prompt_embeds), networks, machine.offload)
     sheet = files.out.with_suffix(".png") if files.sheet is None and files.out is not None else files.sheet
-    outputs = Outputs(files.out, sheet, files.latents, opened.pixel_scale, prompts.prompt, sounds)
+    outputs = Outputs(files.out, sheet, files.latents, opened.pixel_scale, timeline[0], sounds)
     given = read_scene(
         opened, options, image=None if image else scene.image, audio=sounds, audio_encoder=scene.audio_encoder,
         masks=scene.speaker_mask or (), pose=scene.pose,
@@ -468,7 +468,8 @@ def _timeline(prompts: PromptFlags, spec: ModelSpec, options: StreamOptions) -> 
     later = [switch_of(text, options.frames) for text in prompts.at or ()]
     if prompts.prompts is not None:
         later += read_prompts(prompts.prompts, options.frames)
-    first, later = plan_prompts(prompts.prompt, later)
+    opening = prompts.prompt if prompts.prompt_embeds is None else prompts.prompt_embeds.name
+    first, later = plan_prompts(opening, later)
     planned = cues(first, later, plan_chunks(running, options.frames))
     for line in dropped(later, planned):
         say(f"note: {line}")

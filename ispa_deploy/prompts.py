@@ -110,9 +110,14 @@ class LivePrompts:
             prompt, rows = self._read.get()
             if isinstance(rows, IspaError):
                 self._say(f"prompt not taken: {rows}")
-            else:
-                newest = prompt, rows
-        if newest is None or index >= len(stream.chunks):
+                continue
+            if newest is not None:
+                self._say(f"prompt '{newest[0]}' is never shown: '{prompt}' was typed before the next border")
+            newest = prompt, rows
+        if newest is None:
+            return
+        if index >= len(stream.chunks):
+            self._say(f"prompt '{newest[0]}' is never shown: the stream is at its end")
             return
         cue = Cue(newest[0], None, index, stream.chunks[index][0])
         stream.switch_prompt(newest[1])

@@ -164,6 +164,7 @@ def test_sound_and_image_become_a_talking_video(bundle: Path, given: tuple[objec
     out, kept = tmp_path / "talk.mp4", tmp_path / "l.safetensors"
     done = document("run", bundle, *given, "--out", out, "--latents", kept)
     assert (done["model"], done["absorption"]["state"]) == (NAME, "absorbed")
+    assert done["prompt"] == "rows.safetensors", "not the default text, which nobody read"
     assert len(done["absorption"]["local_layers"]) == 2
     ring = 12 * 4 * 24 * 64 * 4 * 2
     condition = 58 * 64 * 4 * 2

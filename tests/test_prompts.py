@@ -151,7 +151,7 @@ def test_a_typed_line_holds_from_the_next_border_on() -> None:
             pipe.type("red\nnonsense\n\ngre")
             pipe.settle(2)
         if chunk.index == 3:
-            pipe.type("en\nblue")
+            pipe.type("en\nblue")  # green is not shown, and that is said
             os.close(pipe.write)  # the end of the input, without a line break
             pipe.settle(2)
         pipe.live.follow(stream, chunk.index + 1)
@@ -159,6 +159,7 @@ def test_a_typed_line_holds_from_the_next_border_on() -> None:
     assert pipe.said == [
         "prompt not taken: no word of it is known",
         "prompt from frame 6 on (chunk 3 of 7): red",
+        "prompt 'green' is never shown: 'blue' was typed before the next border",
         "prompt from frame 12 on (chunk 5 of 7): blue",
     ]
     switches = [(6, stand_in_rows("red", SPEC)), (12, stand_in_rows("blue", SPEC))]
