@@ -178,13 +178,18 @@ class KVCache:
         first = min(self.start, self.spec.window_frames - self.count)
         return first - (self.start - frame)
 
-    def localise(self, layer: int, sink: int, recent: int) -> None:
-        """Make an F-layer an L-layer: keep its first `sink` and newest `recent` frames, free the rest."""
+    def localise(self, layer: int, sink: int, recent: int, *, amid: bool = False) -> None:
+        """Make an F-layer an L-layer: keep its first `sink` and newest `recent` frames, free the rest.
+
+        `amid`: between passes of a chunk, whose own frames are not kept before its clean pass.
+        """
         old = self._layers[layer]
         assert isinstance(old, WindowCache), f"layer {layer} is local already"
         kept_until = self.origin + sink if sink else 0
         new = LocalCache(*self._stores(sink + recent), kept_until, recent)
         slots = old.slots.temporal()
+        if amid:
+            slots = [s for s in slots if old.slots.frames[s] < self.start]
         kept = [s for s in slots if old.slots.frames[s] < kept_until] + (slots[-recent:] if recent else [])
         kept = list(dict.fromkeys(kept))
         new.take([old.slots.frames[s] for s in kept], old, kept)

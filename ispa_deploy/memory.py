@@ -52,7 +52,7 @@ def setup_of(stream: Stream) -> Setup:
         local_layers=None if absorber.choice.layers is None else len(absorber.choice.layers),
         scored=scores,
         heldout=absorber.settings.ranking == "heldout",
-        warmup=absorber.settings.warmup,
+        warmup=absorber.settings.begun(cache.spec),
         window=cache.spec.window_frames,
         recent_frames=cache.recent,
         delta=absorber.mode,

@@ -85,6 +85,7 @@ class StreamOptions:
     ranking: str | None = None
     intercept: bool | None = None
     half_life: float | None = None
+    ahead: int | None = None
     share: float | None = None
     delta: str = "auto"
     delta_dtype: torch.dtype | None = None
@@ -119,7 +120,7 @@ class StreamOptions:
             ridge = Ridge(absolute=self.ridge_absolute or 0.0, relative=self.ridge_relative or 0.0)
         return settings_for(
             self.preset, warmup=self.warmup, ridge=ridge, ranking=self.ranking, intercept=self.intercept,
-            half_life=self.half_life, share=self.share, double=self.stats_double,
+            half_life=self.half_life, ahead=self.ahead, share=self.share, double=self.stats_double,
             quantisation_aware=self.quantisation_aware,
         )  # fmt: skip
 

@@ -81,6 +81,9 @@ class AbsorptionFlags:
     ratio: Annotated[float, typer.Option(help="Share of layers that become local.")] = 0.5
     layers: Annotated[str | None, typer.Option(help="Exactly these layers become local, e.g. 0,3,7.")] = None
     warmup: Annotated[int | None, typer.Option(help="Warm-up in frames (T_warm).")] = None
+    ahead: Annotated[
+        int | None, typer.Option(min=0, help="Passes after the warm-up that are watched too (tuned: 1, paper: 0).")
+    ] = None
     recent_frames: Annotated[int, typer.Option(help="Recent frames that local layers also keep.")] = 0
     ridge_absolute: Annotated[float | None, typer.Option(help="λ itself (the paper's 0.001).")] = None
     ridge_relative: Annotated[float | None, typer.Option(help="ρ in λ = ρ · tr(G) / D.")] = None

@@ -201,6 +201,7 @@ def test_presets_are_the_documented_ones() -> None:
     assert (paper.ranking, paper.all_rows, paper.rows_per_width) == ("epsilon", True, None)
     assert (tuned.warmup, tuned.ridge, tuned.intercept, tuned.half_life) == (12, Ridge(relative=0.01), True, 3.0)
     assert (tuned.ranking, tuned.all_rows) == ("heldout", False)
+    assert (paper.ahead, tuned.ahead) == (0, 1)
 
 
 @pytest.mark.parametrize(("preset", "least"), [("paper", 6), ("tuned", 9)])
@@ -248,7 +249,7 @@ def _stack(
     seen: list[tuple[int, int, Tensor, Tensor]], layer: int, chunks: list[int], halving: bool
 ) -> tuple[Tensor, ...]:
     rows = [(start, a, e) for start, index, a, e in seen if index == layer and start in chunks]
-    share = torch.cat([torch.full((len(a), 1), 0.5 ** ((9 - start) / 3 if halving else 0)) for start, a, _ in rows])
+    share = torch.cat([torch.full((len(a), 1), 0.5 ** ((12 - start) / 3 if halving else 0)) for start, a, _ in rows])
     return torch.cat([a for _, a, _ in rows]), torch.cat([e for *_, e in rows]), share.double()
 
 
@@ -264,16 +265,17 @@ def _fit(a: Tensor, target: Tensor, share: Tensor, relative: float) -> tuple[Ten
 @pytest.fixture(scope="module")
 def tuned_run():  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    stream, seen = _watched(preset="tuned", frames=12, stats_double=True)
+    stream, seen = _watched(preset="tuned", frames=15, stats_double=True)
     latents_of(stream)
     return stream, seen
 
 
 def test_tuned_counts_rows_with_history_and_lets_them_fade(tuned_run) -> None:  # type: ignore[no-untyped-def]
     stream, seen = tuned_run
-    assert {start for start, *_ in seen} == {3, 6, 9}
+    assert {start for start, *_ in seen} == {3, 6, 9, 12}
+    assert [sum(start == chunk for start, *_ in seen) for chunk in (9, 12)] == [SPEC.passes * SPEC.layers, SPEC.layers]
     for layer, record in enumerate(stream.absorber.records):
-        a, e, share = _stack(seen, layer, [3, 6, 9], halving=True)
+        a, e, share = _stack(seen, layer, [3, 6, 9, 12], halving=True)
         target = e @ stream.model.blocks[layer].self_attn.o.weight.detach().double().T
         weight, bias = _fit(a, target, share, 1e-2)
         torch.testing.assert_close(stream.solved[layer].weight.T, weight, rtol=1e-5, atol=1e-6)
@@ -289,8 +291,8 @@ def test_held_out_ranking_fits_early_rows_and_scores_late_ones(tuned_run) -> Non
         matrix = stream.model.blocks[layer].self_attn.o.weight.detach().double().T
         a, e, share = _stack(seen, layer, [3, 6], halving=True)
         weight, bias = _fit(a, e @ matrix, share, 1e-2)
-        late_a, late_e, _ = _stack(seen, layer, [9], halving=True)
-        scores.append(float((late_a @ weight + bias - late_e @ matrix).square().sum()))
+        late_a, late_e, late_share = _stack(seen, layer, [9, 12], halving=True)
+        scores.append(float((late_share * (late_a @ weight + bias - late_e @ matrix).square()).sum()))
         assert record.score == pytest.approx(scores[-1], rel=1e-4)
     best = sorted(range(SPEC.layers), key=scores.__getitem__)[:2]
     assert stream.absorber.local_layers() == sorted(best)
@@ -369,9 +371,9 @@ def test_a_huge_ridge_without_intercept_is_no_absorb() -> None:
 @pytest.mark.parametrize("recent", [0, 3])
 @pytest.mark.parametrize("mode", ["fold", "side"])
 def test_adopted_corrections_are_the_ones_of_the_transition(mode: str, recent: int) -> None:
-    source = tiny_stream(tiny_model(), frames=24, recent_frames=recent, delta=mode)
+    source = tiny_stream(tiny_model(), frames=24, recent_frames=recent, delta=mode, ahead=0)
     want = latents_of(source)
-    again = tiny_stream(tiny_model(), frames=24, recent_frames=recent, delta=mode)
+    again = tiny_stream(tiny_model(), frames=24, recent_frames=recent, delta=mode, ahead=0)
     again.absorber._needs_statistics = lambda: False  # type: ignore[method-assign]
     again.absorber.settings = replace(again.absorber.settings, warmup=10_000)
     found = []
@@ -403,10 +405,56 @@ def test_chosen_layers_become_local(policy: str) -> None:
     assert stream.cache.persistent_bytes() * 24 == stream.cache.full_bytes() * (12 + kept)
 
 
+@pytest.mark.parametrize("recent", [0, 3])
+@pytest.mark.parametrize("policy", ["absorb", "sink-local"])
+def test_layers_become_local_amid_the_chunk_that_was_looked_into(policy: str, recent: int) -> None:
+    """Its first pass is the full cache's, and of its own frames none is kept before it is clean."""
+    stream = tiny_stream(tiny_model(), policy=policy, recent_frames=recent, layers=(1, 3), frames=18)
+    full = tiny_stream(tiny_model(), policy="full", frames=18)
+    flows, local = _flows(stream)
+    wanted, _ = _flows(full)
+    latents_of(stream)
+    latents_of(full)
+    before = sum(stream.sampler.passes(chunk) for chunk in range(4))
+    first = next(index for index, (layers, _) in enumerate(local) if layers)
+    assert (first, local[first]) == (before + 1, ([1, 3], [0, 9, 10, 11][: 1 + recent]))
+    torch.testing.assert_close(flows[before], wanted[before], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(flows[first], wanted[first], atol=1e-3)
+    assert stream.cache.temporal(1)[0] == [0, 12, 13, 14][: 1 + recent]
+
+
+def _flows(stream) -> tuple[list[Tensor], list[tuple[list[int], list[int]]]]:  # type: ignore[no-untyped-def]
+    """Every denoising pass's velocity of a stream yet to run; the layers that were local in it, what layer 1 held."""
+    flows, local, velocity = list[Tensor](), list[tuple[list[int], list[int]]](), stream._velocity
+
+    def listen(x: Tensor, timestep: float) -> Tensor:
+        local.append((stream.absorber.local_layers(), stream.cache.temporal(1)[0]))
+        flows.append(velocity(x, timestep).clone())
+        return flows[-1]
+
+    stream._velocity = listen
+    return flows, local
+
+
+def test_a_stream_that_ends_with_its_warm_up_is_solved_from_what_it_saw() -> None:
+    ended, plain = (tiny_stream(tiny_model(), frames=12, ahead=ahead) for ahead in (1, 0))
+    latents_of(ended)
+    latents_of(plain)
+    assert ended.absorber.state == plain.absorber.state == "absorbed"
+    for layer, delta in plain.absorber.deltas.items():
+        assert torch.equal(ended.absorber.deltas[layer].weight, delta.weight)
+
+
+@pytest.mark.parametrize("ahead", [-1, 5])
+def test_more_passes_ahead_than_a_chunk_has_are_refused(ahead: int) -> None:
+    with pytest.raises(InputError, match="passes ahead"):
+        tiny_stream(tiny_model(), ahead=ahead)
+
+
 def test_statistics_are_freed_at_the_transition() -> None:
     stream = tiny_stream(tiny_model())
     for chunk in stream:
-        assert (stream.absorber.statistics_bytes() > 0) == (chunk.start < 9)
+        assert (stream.absorber.statistics_bytes() > 0) == (chunk.start < 12)
 
 
 @pytest.mark.parametrize("layers", [(0, 4), (-1,)])

@@ -248,6 +248,7 @@ def test_the_demo_command_says_one_document(tmp_path: Path, monkeypatch: pytest.
         (("--recent-frames", "3"), {"options.recent_frames": 3, "kv.percent": 100 * (1 - 0.5 * 8 / 12)}),
         (("--ridge-absolute", "0.5"), {"options.ridge.absolute": 0.5, "options.ridge.relative": 0}),
         (("--ridge-relative", "0.5"), {"options.ridge.absolute": 0, "options.ridge.relative": 0.5}),
+        (("--ahead", "0"), {"options.ahead": 0, "options.half_life": 3.0}),
         (("--delta", "side"), {"delta_modes": ["side"]}),
         (("--delta", "fold"), {"delta_modes": ["fold"]}),
         (("--delta", "requant"), {"delta_modes": ["requant"]}),
@@ -293,11 +294,11 @@ def test_decoding_while_the_next_chunk_is_generated_gives_the_same_files(demo: P
 
 def test_a_spread_solve_switches_a_chunk_later(tiny: Path, tmp_path: Path) -> None:
     once, first = _latents(tiny, tmp_path / "o.safetensors")
-    later, second = _latents(tiny, tmp_path / "s.safetensors", "--spread-solve", "1")
+    later, second = _latents(tiny, tmp_path / "s.safetensors", "--spread-solve", "2")
     assert torch.equal(once[:, :12], later[:, :12])
     assert not torch.equal(once[:, 12:15], later[:, 12:15])
     shrunk = [[held < kv["full_bytes"] for held in kv["per_chunk_bytes"]] for kv in (first["kv"], second["kv"])]
-    assert shrunk == [[False] * 3 + [True] * 3, [False] * 4 + [True] * 2]
+    assert shrunk == [[False] * 4 + [True] * 2, [False] * 5 + [True]]
     assert first["absorption"]["local_layers"] == second["absorption"]["local_layers"]
 
 
@@ -315,7 +316,7 @@ def test_a_later_prompt_restarts_the_warm_up(tiny: Path) -> None:
     document = stream(tiny, "--at", "15:another", frames=30).document
     full = document["kv"]["full_bytes"]
     absorbed = [held < full for held in document["kv"]["per_chunk_bytes"]]
-    assert absorbed == [False] * 3 + [True] * 2 + [False] * 3 + [True] * 2
+    assert absorbed == [False] * 4 + [True] + [False] * 4 + [True]
     assert document["absorption"]["state"] == "absorbed"
 
 

@@ -68,11 +68,11 @@ def test_both_forms_of_the_window_are_recorded_once() -> None:
     every = PASSES + 1
     absorbed = {start: counts for start, state, *counts in seen if state == "absorbed"}
     first = min(absorbed)
-    assert first == 9, "the chunk that ends the warm-up"
-    assert absorbed[first] == [0, 0], "three chunks watched, and no two of them alike"
-    assert absorbed[12] == [0, 0], "all of a new form, eagerly"
-    assert absorbed[15] == [every - 1] * 2, "the first pass of 12 made the scratch that local layers share"
-    assert absorbed[54] == [every, 14 * every - 1]
+    assert first == 12, "its first pass ends the warm-up"
+    assert absorbed[first] == [0, 0], "watched, or of a new form, eagerly"
+    assert absorbed[15] == [1, 1], "in 12 the second pass made the scratch that local layers share; the clean pass came"
+    assert absorbed[18] == [every, every + 1]
+    assert absorbed[54] == [every, 13 * every + 1]
     full, _ = _replaying(tiny_stream(tiny_model(), frames=60, policy="full"))
     latents_of(full)
     assert _counts(full)[0] == every

@@ -153,9 +153,9 @@ def test_a_prompt_turns_over_four_chunks(bundle: Path, tmp_path: Path) -> None:
     """The model's default: the first of them is still under the old prompt; the warm-up ends after the last."""
     paths = [tmp_path / f"{name}.safetensors" for name in "abc"]
     switch = ("--at", "12:the moon")
-    document = run(bundle, tmp_path, *switch, "--latents", paths[0], frames=33)
-    run(bundle, tmp_path, "--latents", paths[1], frames=33)
-    run(bundle, tmp_path, *switch, "--interpolate", 0, "--latents", paths[2], frames=33)
+    document = run(bundle, tmp_path, *switch, "--latents", paths[0], frames=36)
+    run(bundle, tmp_path, "--latents", paths[1], frames=36)
+    run(bundle, tmp_path, *switch, "--interpolate", 0, "--latents", paths[2], frames=36)
     turning, plain, at_once = (latents_of(path) for path in paths)
     assert torch.equal(turning[:, :15], plain[:, :15])
     assert not torch.allclose(turning[:, 15:18], plain[:, 15:18], atol=1e-3)
@@ -163,7 +163,7 @@ def test_a_prompt_turns_over_four_chunks(bundle: Path, tmp_path: Path) -> None:
     assert not torch.allclose(at_once[:, 12:15], plain[:, 12:15], atol=1e-3)
     full = document["kv"]["full_bytes"]
     absorbed = [held < full for held in document["kv"]["per_chunk_bytes"]]
-    assert absorbed == [False] * 3 + [True] * 2 + [False] * 5 + [True]
+    assert absorbed == [False] * 4 + [True] + [False] * 6 + [True]
 
 
 def test_a_given_video_is_repainted_or_continued(bundle: Path, tmp_path: Path) -> None:

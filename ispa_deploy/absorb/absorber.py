@@ -1,6 +1,8 @@
 """From warm-up to transition: one stream's absorption, stage by stage, every stage observable.
 
-    full ──begin──► warm-up ──T_warm frames──► [solving ──spread chunks──►] absorbed ──recalibrate──► warm-up …
+    full ──begin──► warm-up ──T_warm frames, then `ahead` passes──► [solving ──spread chunks──►] absorbed
+                       ▲                                                                            │
+                       └────────────────────────────────recalibrate─────────────────────────────────┘
 
 During the warm-up every F-layer's local and full attention outputs are summed up. At the transition each layer is
 solved, the layers are ranked by their error, and the K best become L-layers: history freed, correction on. With
@@ -66,12 +68,16 @@ class Absorber:
         self._stride, self._phase = 1.0, 0
         self._taken: Tensor | None = None
         self._passes, self._delay = 0, 0
+        self._ahead = self.settings.passes_ahead(spec)
+        self._watching, self._amid = 0, False
         self._open = False
         if self.spread < 0:
             raise InputError(f"solve spread over {self.spread} chunks: expected 0 (at once) or more")
         if not self.policy.localises:
             return
         self.settings.check(spec.chunk_frames, spec.first_chunk_frames or spec.chunk_frames)
+        if not 0 <= self._ahead <= len(spec.steps):
+            raise InputError(f"{self._ahead} passes ahead: expected 0 to {len(spec.steps)}, a chunk's denoising passes")
         if self.rank is not None:
             self.rank.check(spec.dim)
         bad = [layer for layer in self.choice.layers or () if not 0 <= layer < len(self.targets)]
@@ -92,6 +98,8 @@ class Absorber:
             if self.policy.localises and self.state == "full":
                 self._start_warmup(0)
             yield self
+            if self.state == "warm-up" and self._warmed_up(self.cache.start + self.cache.count):
+                self._end_warmup()  # no chunk came to look ahead in
         finally:
             self._open = False
             self.cache.observer = None
@@ -106,33 +114,40 @@ class Absorber:
 
     def before_chunk(self, start: int, count: int) -> None:
         """Called when the cache has begun the chunk: decides where this chunk's rows go."""
-        if self.state != "warm-up" or not self._early:
+        self._amid = True
+        if self.state != "warm-up":
+            return
+        self._watching = self._ahead if self._warmed_up(start) else 0
+        if not self._early:
             return
         if self.settings.half_life is not None:
             for stats in (*self._early, *self._late):
                 stats.scale(0.5 ** (count / self.settings.half_life))
-        last = start + count - self._since >= self.settings.warmup
+        last = self._warmed_up(start + count)
         self._active = self._late if last and self._late else self._early
         has_history = start > 0
         self.cache.observer = self._observe if has_history or self.settings.all_rows else None
 
     def after_chunk(self, end: int) -> None:
-        """Called when the chunk is committed; at the end of the warm-up this is the transition, or its beginning."""
-        self.cache.observer = None
-        if self.state == "warm-up" and end - self._since >= self.settings.warmup:
-            self.state, self._passes = "solving", 0
-            self._delay = self.spread * self.cache.spec.chunk_frames if self._early else 0
-        if self.state == "solving" and end - self._since >= self.settings.warmup + self._delay:
-            with region("overhead.solve"):
-                self._transition()
+        """Called when the chunk is committed; without passes ahead the warm-up ends with it."""
+        self.cache.observer, self._amid, self._watching = None, False, 0
+        if self.state == "warm-up" and self._warmed_up(end) and not self._ahead:
+            self._end_warmup()
+        elif self.state == "solving" and end - self._since >= self.settings.warmup + self._delay:
+            self._transition()
 
     def after_pass(self) -> None:
-        """Called when a pass has ended: while solving, this pass's share of the layers is solved."""
+        """Called when a pass has ended: the last one ahead ends the warm-up; while solving, its share is solved."""
         self._phase, self._taken = self._phase + 1, None
+        if self._watching and not self.cache.committing:
+            self._watching -= 1
+            if not self._watching:
+                self._end_warmup()
+            return
         if self.state != "solving":
             return
         self._passes += 1
-        passes = self.spread * self.cache.spec.passes
+        passes = self.spread * self.cache.spec.passes - self._ahead
         with region("overhead.solve"):
             self._solve_up_to(-(-len(self.targets) * self._passes // passes))
 
@@ -146,7 +161,7 @@ class Absorber:
                 self.cache.globalise(layer)
         self.records = [LayerRecord() for _ in self.targets]
         self.deltas = {}
-        self._early, self._late, self._active = [], [], None
+        self._early, self._late, self._active, self._watching = [], [], None, 0
         self._start_warmup(frame)
 
     def adopt(self, deltas: dict[int, Delta]) -> None:
@@ -168,8 +183,8 @@ class Absorber:
             for count in (None, None if self.settings.ranking == "heldout" else 0)
         )
         spec, width = self.cache.spec, len(self._early[0].cross)
-        rows = (self.settings.warmup - spec.chunk_frames) * self.cache.frame_tokens * spec.passes
-        self._stride = stride_of(rows, self.settings.rows_per_width, width)
+        frames = (self.settings.warmup - spec.chunk_frames) * spec.passes + self._ahead * spec.chunk_frames
+        self._stride = stride_of(frames * self.cache.frame_tokens, self.settings.rows_per_width, width)
 
     def _needs_statistics(self) -> bool:
         ranked = self.choice.layers is None and self.settings.ranking != "random"
@@ -191,7 +206,23 @@ class Absorber:
                 a = self.targets[layer].multiplied(a)
             self._active[layer].update_pair(a, f, weight=count / len(a))
 
+    def _warmed_up(self, end: int) -> bool:
+        """Whether the warm-up's frames lie before frame `end`."""
+        return end - self._since >= self.settings.warmup
+
+    def _end_warmup(self) -> None:
+        """All rows are there: the transition, or, spread, the beginning of its solves."""
+        self.cache.observer = None
+        self.state, self._passes = "solving", 0
+        self._delay = self.spread * self.cache.spec.chunk_frames if self._early else 0
+        if not self._delay:
+            self._transition()
+
     def _transition(self) -> None:
+        with region("overhead.solve"):
+            self._make_local()
+
+    def _make_local(self) -> None:
         """Solve what is left to be solved, rank, and make the best layers local."""
         count = self.choice.count(len(self.targets))
         self._solve_up_to(len(self.targets))
@@ -283,7 +314,7 @@ class Absorber:
         )
 
     def _localise(self, layer: int, delta: Delta | None) -> None:
-        self.cache.localise(layer, self.policy.sink, self.cache.recent)
+        self.cache.localise(layer, self.policy.sink, self.cache.recent, amid=self._amid)
         self.records[layer].local = True
         if delta is not None:
             self.deltas[layer] = delta

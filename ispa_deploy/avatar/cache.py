@@ -207,7 +207,7 @@ class AvatarCache(KVCache):
         finally:
             self.prefilling, self._turn = False, turn
 
-    def localise(self, layer: int, sink: int, recent: int) -> None:
+    def localise(self, layer: int, sink: int, recent: int, *, amid: bool = False) -> None:
         """Make an F-layer an L-layer: keep the condition if `sink`, and its newest `recent` frames of each step."""
         old = self._own(layer)
         assert not old.local, f"layer {layer} is local already"

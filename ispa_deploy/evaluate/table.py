@@ -126,10 +126,11 @@ def _cell(show: Callable[[dict[str, float]], str], numbers: Numbers, metric: str
 def _legend(document: dict[str, Any]) -> str:
     frames, warmup, pairs = document["frames"], document["warmup"], len(document["pairs"])
     return (
-        f"{pairs} prompt-seed pairs, {frames} frames, transition after frame {warmup}; means over pairs, [95 % "
-        "bootstrap interval over pairs]. KV: persistent bytes as allocated, against Full. Error: squared latent error "
-        "over Full's square, same noise. Recovered: share of the No-Absorb error on the same layers that absorption "
-        "removes. The last five columns need no reference: background against the run's own warm-up (dB, and change "
+        f"{pairs} prompt-seed pairs, {frames} frames, transition after frame {warmup} (`paper`) or one denoising pass "
+        "later (all others, No-Absorb too); means over pairs, [95 % bootstrap interval over pairs]. KV: persistent "
+        "bytes as allocated, against Full. Error: squared latent error over Full's square, same noise. Recovered: "
+        "share of the No-Absorb error on the same layers that absorption removes. The last five columns need no "
+        "reference: background against the run's own warm-up (dB, and change "
         "from frame to frame on a scale of 255), and the sprite, which must go on moving. Made by "
         f"`{document['command']}`."
     )

@@ -1,7 +1,8 @@
 """What the quality table compares: prompts with seeds, and the variants of a stream as values.
 
-Every ISPA variant has a twin: No-Absorb on the very layers that the ISPA run of the same pair chose. The difference
-between the two is what absorption is worth; a No-Absorb that chose for itself would compare layers as well.
+Every ISPA variant has a twin: No-Absorb on the very layers that the ISPA run of the same pair chose, local from the
+same pass on. The difference between the two is what absorption is worth; a No-Absorb that chose for itself would
+compare layers as well.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Variant:
 
 
 def _with_twin(name: str, title: str, options: StreamOptions) -> tuple[Variant, Variant]:
-    bare = StreamOptions(policy="sink-local", recent_frames=options.recent_frames)
+    bare = StreamOptions(policy="sink-local", preset=options.preset, recent_frames=options.recent_frames)
     return (
         Variant(name=name, title=title, options=options),
         Variant(name=twin(name), title="– the same layers, No-Absorb", options=bare, layers_of=name),

@@ -83,7 +83,7 @@ def _frames(model: CausalWanDiT, options: StreamOptions, first: int) -> int:
     """Long enough for the transition and what follows it; a model without a rolling window ends before."""
     if not options.policy_value().localises:
         return first
-    wanted = options.settings().warmup + AFTER * model.spec.chunk_frames
+    wanted = options.settings().begun(model.spec) + AFTER * model.spec.chunk_frames
     return wanted if model.spec.rolls else min(wanted, model.spec.window_frames)
 
 
