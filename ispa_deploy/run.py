@@ -63,7 +63,7 @@ def _settle(device: torch.device) -> None:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks to stop after the current chunk; a second one interrupts at once."""
+    """Ctrl-C or SIGTERM asks to stop after the current chunk; a second one interrupts at once."""
     asked = False
 
     def handle(signum: int, frame: object) -> None:
@@ -73,14 +73,15 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         asked = True
 
     try:
-        previous = signal.signal(signal.SIGINT, handle)
+        previous = {which: signal.signal(which, handle) for which in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: signals are somebody else's business
         yield lambda: False
         return
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for which, before in previous.items():
+            signal.signal(which, before)
 
 
 def run_stream(

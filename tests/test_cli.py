@@ -194,26 +194,27 @@ def test_attention_in_eight_bits(demo: Path) -> None:
     refused(stream(demo, *flags[2:]), "--attention-dtype int8 with --kv-dtype auto", "--kv-dtype int8")
 
 
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_finishes_the_chunk_and_closes_the_video(
-    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: signal.Signals
 ) -> None:
     decode, calls = BlockCodec.decode, []
 
     def interrupted(self: BlockCodec, latents: Tensor) -> Tensor:
         calls.append(1)
         if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), which)
         return decode(self, latents)
 
     monkeypatch.setattr(BlockCodec, "decode", interrupted)
-    before = signal.getsignal(signal.SIGINT)  # ignored where the tests run in a shell's background
+    before = signal.getsignal(which)  # ignored where the tests run in a shell's background
     done = stream(demo, "--out", tmp_path / "v.mp4", "--save-deltas", tmp_path / "d.safetensors", frames=15)
     assert done.code == 130
     document = json.loads(done.out)
     assert (document["complete"], document["chunks"], document["frames"]) == (False, 2, 6)
     assert len(read_video(tmp_path / "v.mp4")[0]) == 6
     assert sorted(files(tmp_path)) == ["v.mp4", "v.png"], "no deltas from half a warm-up"
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(which) is before
 
 
 def test_the_demo_command_says_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
