@@ -163,6 +163,10 @@ def test_published_geometry_of_speech_to_video() -> None:
     )
     cache = AvatarCache(spec, dtype=torch.bfloat16, device="meta")
     assert cache.persistent_bytes() == floating.kv_full
+    rings, condition = 4 * 12 * 1056 * 40 * 5120 * 4, 2640 * 40 * 5120 * 4
+    assert floating.kv_full == rings + condition
+    assert rings / 1e9 == pytest.approx(41.5, abs=0.05), "four steps at 704x384"
+    assert floating.kv == rings / 2 + condition, "half of the layers keep the condition alone"
     for layer in range(spec.layers // 2):
         cache.localise(layer, 1, 0)
     assert cache.persistent_bytes() == floating.kv
