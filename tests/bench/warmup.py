@@ -28,7 +28,8 @@ from ispa_deploy.specs import SPECS
 from ispa_deploy.stream import Chunk
 
 WARMUP, CHUNKS = 4, 8
-"""Chunks with statistics or before them, and chunks in all; from the fifth on the window is full."""
+"""Chunks watched whole or before those, and chunks in all; from the fifth on, whose first pass is watched, the window is
+full."""
 STATISTICS_LIMIT, STALL_LIMIT = 0.03, 1.10
 
 
@@ -46,7 +47,7 @@ def run(layers: int, spreads: tuple[int, ...]) -> dict[str, Any]:
     for number in range(CHUNKS):
         for name, chunks in lanes.items():
             # A layer's correction belongs to one stream: nothing is measured once the other's has been taken on.
-            if name != "full" and number >= WARMUP + int(name.split()[1]):
+            if name != "full" and number >= WARMUP + max(1, int(name.split()[1])):
                 continue
             found = measure(lambda chunks=chunks: next(chunks), model, torch.device("cpu"), CLOCKS["cpu"])
             parts = {part: found.components[f"overhead.{part}"] for part in ("statistics", "solve")}
