@@ -28,8 +28,7 @@ from ispa_deploy.specs import SPECS
 from ispa_deploy.stream import Chunk
 
 WARMUP, CHUNKS = 4, 8
-"""Chunks watched whole or before those, and chunks in all; from the fifth on, whose first pass is watched, the window is
-full."""
+"""Chunks watched in all passes or before those, and chunks in all; from the fifth on the window is full."""
 STATISTICS_LIMIT, STALL_LIMIT = 0.03, 1.10
 
 
