@@ -97,7 +97,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def models(json_only: JsonOpt = False) -> None:
-    """List the models this version knows: geometry, window, predicted bytes, source and licence note."""
+    """List the known models: geometry, bytes, source, licence."""
     from ispa_deploy.specs import SPECS
 
     if json_only:
@@ -119,7 +119,7 @@ def quantize(
     json_only: JsonOpt = False,
     stats: StatsOpt = None,
 ) -> None:
-    """Apply W8A8 post-training quantisation and write a safetensors bundle."""
+    """Quantise weights to W8A8 and write a safetensors bundle."""
     if machine.threads is not None:
         import torch
 
@@ -145,7 +145,7 @@ def run(
     json_only: JsonOpt = False,
     stats: StatsOpt = None,
 ) -> None:
-    """Stream a video from a bundle: warm up, absorb, go on with less memory."""
+    """Stream a video: warm up, absorb, go on with less memory."""
     from export.initial import with_still
     from export.manifest import read_manifest
     from export.scenes import read_scene
@@ -168,12 +168,12 @@ def run(
         opened, options, image=None if image else scene.image, audio=sounds, audio_encoder=scene.audio_encoder,
         masks=scene.speaker_mask or (), pose=scene.pose,
     )  # fmt: skip
+    if not any((files.out, files.sheet, files.latents, files.save_deltas, stats, json_only)):
+        say("note: nothing of this run is kept: name --out VIDEO.mp4 or --latents FILE")
     document = _run(
         opened, timeline, given, options, outputs, files, machine, live=prompts.live, initial=prompts.initial,
         image=image,
     )  # fmt: skip
-    if not any((files.out, files.sheet, files.latents, files.save_deltas, stats, json_only)):
-        say("note: nothing was kept of this run: name --out VIDEO.mp4 or --latents FILE")
     emit(document, json_only, stats, lambda: print_run(document))
     if not document["complete"]:
         raise typer.Exit(INTERRUPTED)
@@ -204,7 +204,10 @@ def profile(
     json_only: JsonOpt = False,
     stats: StatsOpt = None,
 ) -> None:
-    """Break a steady chunk's latency into attention, linear and overhead, configurations side by side."""
+    """Show where the time of a steady chunk goes.
+
+    Attention, linear layers and overhead, several configurations side by side.
+    """
     if out is not None:
         make_folder(out)
     from export.profiling import Compared
@@ -236,7 +239,7 @@ def plan(
     json_only: JsonOpt = False,
     stats: StatsOpt = None,
 ) -> None:
-    """Predict memory and the split of a chunk's latency before anything is downloaded."""
+    """Predict memory and latency before anything is downloaded."""
     from ispa_deploy.planner.plan import grid, sentences
     from ispa_deploy.planner.plan import plan as predicted
 
@@ -263,7 +266,10 @@ def evaluate(
     json_only: JsonOpt = False,
     stats: StatsOpt = None,
 ) -> None:
-    """Compare absorption with full cache, no absorption, no sink and random layers on the demo model."""
+    """Compare absorption with its alternatives on the demo model.
+
+    The full cache, the same layers without absorption, no sink, random layers.
+    """
     from export.manifest import read_manifest
     from ispa_deploy.evaluate.command import run_evaluation
     from ispa_deploy.evaluate.table import markdown
@@ -280,7 +286,7 @@ def evaluate(
 @app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="A bundle, a delta file or any safetensors file.")],
             json_only: JsonOpt = False) -> None:  # fmt: skip
-    """Look inside a bundle or a delta file without loading its tensors."""
+    """Look inside a bundle or delta file, no tensor loaded."""
     from export.inspect import describe
 
     document = describe(path)
@@ -299,7 +305,7 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
     json_only: JsonOpt = False,
 ) -> None:
-    """Write a bundle in another reader's dialect, or a bundle from one."""
+    """Write a bundle in another reader's dialect, or read one."""
     from export.dialects import export_bundle, import_dialect
 
     if to is not None and origin is None and model is None:
@@ -322,7 +328,10 @@ def compare(
     ] = None,
     json_only: JsonOpt = False,
 ) -> None:
-    """Compare two profile reports; exit code 1 when a metric grew by more than --fail-on allows."""
+    """Compare two profile reports.
+
+    Exit code 1 when a metric grew by more than --fail-on allows.
+    """
     from ispa_deploy.profile.diff import compared_models, difference, grid, load
 
     document = difference(load(before), load(after), fail_on or ())
@@ -348,10 +357,18 @@ def demo(
     threads: ThreadsOpt = None,
     json_only: JsonOpt = False,
 ) -> None:
-    """Quantise, stream with absorption and profile the embedded model: video, contact sheet and latency report."""
-    from ispa_deploy.options import StreamOptions
-    from ispa_deploy.run import Outputs
+    """Quantise, stream and profile the embedded model.
 
+    Leaves a video with the full cache and one with absorption, contact sheets and a latency report.
+    """
+    from ispa_deploy.demo.prompts import parse_prompt
+    from ispa_deploy.options import StreamOptions, check_options
+    from ispa_deploy.run import Outputs
+    from ispa_deploy.specs import SPECS
+
+    options = StreamOptions(frames=frames, seed=seed)
+    check_options(SPECS["demo"], options)
+    parse_prompt(prompt)
     make_folder(out)
     say("1/3  quantise the embedded model")
     quantised = _quantise("demo", out / "bundle", "w8a8", overwrite=True)
@@ -363,8 +380,8 @@ def demo(
         outputs = Outputs(
             video=out / f"{policy}.mp4", sheet=out / f"{policy}.png", scale=opened.pixel_scale, label=policy
         )
-        options = StreamOptions(frames=frames, seed=seed, policy=policy)
-        runs[policy] = _run(opened, (prompt, []), None, options, outputs, FileFlags(), machine)
+        chosen = replace(options, policy=policy)
+        runs[policy] = _run(opened, (prompt, []), None, chosen, outputs, FileFlags(), machine)
         print_run(runs[policy], err=True)
         if not runs[policy]["complete"]:
             raise KeyboardInterrupt

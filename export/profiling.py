@@ -102,18 +102,19 @@ def _asked(text: str) -> tuple[StreamOptions, str, str]:
     kv, attention = CACHES[more.pop() if more and more[-1] in CACHES else ""]
     policy, *numbers = what.split(":")
     options = StreamOptions(policy=policy, kv_dtype=kv, attention_dtype=attention)
+    own_window = options.policy_value().own_window
     try:
-        if options.policy_value().own_window:
+        (scheme,) = more or ["none"]
+        if own_window:
             (frames,) = numbers
             options = replace(options, window=int(frames))
         elif numbers:
-            ratio, recent = (*numbers, "0")[:2]
+            ratio, recent = numbers if len(numbers) > 1 else (*numbers, "0")
             options = replace(options, ratio=float(ratio), recent_frames=int(recent))
     except ValueError:
-        numbers = ["", "", ""]
-    if len(numbers) > 2 or len(more) > 1:
-        raise InputError(f"--also '{text}': expected {FORM} or window:FRAMES..., for example absorb:1:3+w8a8")
-    scheme = more[0] if more else "none"
+        raise InputError(
+            f"--also '{text}': expected {FORM} or window:FRAMES..., for example absorb:1:3+w8a8"
+        ) from None
     if scheme not in (*SCHEMES, "w8a8"):
         raise known_names(f"scheme in --also {text}:", scheme, [*SCHEMES, "w8a8"])
     return options, scheme, launch

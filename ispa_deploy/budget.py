@@ -17,8 +17,6 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 WIDE = 4
 """Bytes of float32: scales, biases of quantised layers, statistics, averaging sinks."""
 
-TEXT_ENCODER_BYTES = 11_361_000_000
-"""UMT5-XXL in bfloat16, as published."""
 VAE_PARAMETERS = 126_892_531
 VAE_STATE = 151_328
 """Numbers the Wan VAE's decoder remembers between chunks for each pixel of a latent frame."""

@@ -128,6 +128,12 @@ class Stages(Protocol):
     def after(self, block: Block, x: Tensor, y: Tensor, modulation: Modulation) -> Tensor: ...
 
 
+def _modulation(rows: int, dim: int) -> nn.Parameter:
+    """(1, rows, dim), variance 1 / dim. No numbers on `meta`, where a division would load torch's compiler."""
+    drawn = torch.randn(1, rows, dim)
+    return nn.Parameter(drawn if drawn.is_meta else drawn / dim**0.5)
+
+
 class Block(nn.Module):
     """One transformer layer: modulated self-attention, plain cross-attention, modulated feed-forward.
 
@@ -145,7 +151,7 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(
             Linear(spec.dim, spec.ffn_dim), nn.GELU(approximate="tanh"), Linear(spec.ffn_dim, spec.dim)
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, spec.dim) / spec.dim**0.5)
+        self.modulation = _modulation(6, spec.dim)
 
     def forward(
         self, x: Tensor, modulation: Modulation, text: tuple[Tensor, Tensor], attention: Attend, cross: Attend
@@ -188,7 +194,7 @@ class Head(nn.Module):
     def __init__(self, spec: ModelSpec):
         super().__init__()
         self.head = Linear(spec.dim, spec.latent_channels * spec.patch[0] * spec.patch[1] * spec.patch[2])
-        self.modulation = nn.Parameter(torch.randn(1, 2, spec.dim) / spec.dim**0.5)
+        self.modulation = _modulation(2, spec.dim)
 
 
 class CausalWanDiT(nn.Module):

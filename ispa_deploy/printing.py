@@ -96,8 +96,8 @@ def print_models(specs: Iterable[ModelSpec]) -> None:
 
 
 def _gigabytes(count: int) -> str:
-    """Three digits are enough to choose a card by."""
-    return f"{count / 1e9:.{1 if count >= 1e10 else 2}f}"
+    """Three digits are enough to choose a card by; of a small model, megabytes."""
+    return f"{count / 1e9:.{1 if count >= 1e10 else 2 if count >= 1e8 else 3}f}"
 
 
 def print_mapping(document: dict[str, Any]) -> None:

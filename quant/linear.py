@@ -201,13 +201,18 @@ class QuantisedLinear(nn.Module):
 
     # What is resident
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def prepare(self, kernel: Kernel | None = None) -> None:
         """Pack the weight for the fastest right kernel of its device, or for `kernel`, and drop the plain codes.
 
         Done on the first call if not before; a whole-graph `torch.compile` needs it before. Raises `InputError` where
         no kernel of the family runs and `allow_fallback` is off.
         """
+        if torch.compiler.is_compiling():  # not as a decorator: that loads the compiler, a second of every start
+            torch.compiler.disable(self._prepare)(kernel)
+        else:
+            self._prepare(kernel)
+
+    def _prepare(self, kernel: Kernel | None) -> None:
         assert self.delta is None, "take the delta back before packing anew"
         codes = self.codes()
         assert not codes.is_meta, "load the state before preparing"

@@ -228,6 +228,14 @@ def test_the_demo_command_says_one_document(tmp_path: Path, monkeypatch: pytest.
     refused(command("demo", "-o", tmp_path / "file"), "cannot be made")
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"), [(("--frames", 50), "nearest is 51"), (("--prompt", "a cat"), "no word the demo model knows")]
+)
+def test_the_demo_is_refused_before_it_quantises(tmp_path: Path, flags: tuple[str, object], said: str) -> None:
+    refused(command("demo", "-o", tmp_path / "out", *flags), said)
+    assert not files(tmp_path)
+
+
 # -- flags reach the stream
 
 
@@ -349,7 +357,9 @@ def test_models_and_version() -> None:
     table = listed.split("layers x width")[0]
     assert all(name in table for name in SPECS), "whole names, to be copied"
     assert len(table.splitlines()) == 4 + len(SPECS), "one line each"
-    assert "quantize" in command().out, "no arguments: the help"
+    overview = command().out
+    assert "quantize" in overview, "no arguments: the help"
+    assert "..." not in overview.split("Commands:")[1], "every command in a whole sentence"
 
 
 def test_on_a_terminal_a_bar_shows_chunk_speed_bytes_and_state(tiny: Path) -> None:
@@ -466,7 +476,7 @@ def test_options_are_refused_before_anything_is_loaded(
 
 def test_a_run_that_keeps_nothing_says_so(tiny: Path, tmp_path: Path) -> None:
     bare = ("run", tiny, "--frames", 3, *RUN, "--policy", "full")
-    assert command(*bare).err == "note: nothing was kept of this run: name --out VIDEO.mp4 or --latents FILE\n"
+    assert command(*bare).err == "note: nothing of this run is kept: name --out VIDEO.mp4 or --latents FILE\n"
     for flags in (("--json",), ("--stats", tmp_path / "s.json"), ("--latents", tmp_path / "l.safetensors")):
         assert command(*bare, *flags).err == ""
 

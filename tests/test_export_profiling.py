@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -57,14 +58,19 @@ def test_further_runs_are_read_from_their_names(models: tuple[CausalWanDiT, Caus
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "said"),
     [
-        "absorb:x", "absorb:1:2:3", "nothing", "absorb:1:y+w8a8", "full+none+int4-kv", "full+w9",
-        "full+compile+int8-kv", "window", "window:0.5", "window:6:3",
+        *((text, re.escape(f"--also '{text}': expected POLICY[:RATIO")) for text in (
+            "absorb:x", "absorb:1:2:3", "absorb:1:y+w8a8", "full+none+int4-kv", "window",
+            "window:0.5", "window:6:3",
+        )),
+        ("nothing", "unknown policy 'nothing': expected one of absorb"),
+        ("full+compile+int8-kv", r"unknown scheme in --also .*: 'compile': expected one of .*w8a8"),
+        ("full+w9", r"unknown scheme in --also full\+w9: 'w9': expected one of .*w8a8"),
     ],
 )  # fmt: skip
-def test_a_run_that_means_nothing_is_refused_before_any_work(text: str) -> None:
-    with pytest.raises(InputError):
+def test_a_run_that_means_nothing_is_refused_before_any_work(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=f"^{said}"):
         Compared(also=(text,)).check()
 
 

@@ -115,3 +115,13 @@ def test_light_modules_do_not_import_torch(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_no_command_waits_for_the_compiler() -> None:
+    """Torch's compiler takes a second to load: only what compiles may pay for it."""
+    code = (
+        "import cli, export.profiling, ispa_deploy.run, sys; from export.sources import SPECS, empty; "
+        "empty(SPECS['demo']); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("False\n", "")

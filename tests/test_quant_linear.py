@@ -302,6 +302,14 @@ def test_compiled_whole_graph_agrees_and_counts(linear: nn.Linear) -> None:
         assert layer.calls == 2
 
 
+def test_a_graph_prepares_a_layer_that_nobody_prepared(linear: nn.Linear) -> None:
+    torch._dynamo.reset()
+    layer, x = Int8Linear.from_float(linear), torch.randn(16, K)
+    got = torch.compile(layer, backend="eager")(x)
+    assert layer.calls == 1
+    torch.testing.assert_close(got, layer(x), rtol=1e-6, atol=1e-6)
+
+
 # One quantisation for layers on one input
 
 

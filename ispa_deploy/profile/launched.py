@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch._inductor import config
-
 from ispa_deploy.compiled import compile_, eager_
 from ispa_deploy.graphs import PassGraphs
 from ispa_deploy.model import CausalWanDiT
@@ -56,6 +54,8 @@ class Launched:
 
 def compiled(model: CausalWanDiT, options: StreamOptions, chunks: int) -> Launched:
     """An opener: the layers' work between attentions under `torch.compile`."""
+    from torch._inductor import config  # it loads the compiler: a second that other runs need not wait for
+
     steady = SteadyStream.open(model, options, chunks + _WARM)
     stages = compile_(model)
     eager_(model)
