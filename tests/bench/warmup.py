@@ -59,11 +59,20 @@ def run(layers: int, spreads: tuple[int, ...]) -> dict[str, Any]:
 
 
 def summary(rows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """The share of the statistics, over all absorbing streams, and each one's slowest chunk."""
-    usual = statistics.median(row["ms"] for row in rows["full"][WARMUP:])
+    """The share of the statistics, over all absorbing streams, and each one's slowest chunk.
+
+    With a full window a chunk is set against the full stream's of the same turn, before that against their median.
+    """
+    full = [row["ms"] for row in rows["full"]]
+    usual = statistics.median(full[WARMUP:])
+    beside = [usual] * WARMUP + full[WARMUP:]
     warm = [row for name, lane in rows.items() if name != "full" for row in lane[:WARMUP]]
     share = sum(row["statistics"] for row in warm) / sum(row["ms"] for row in warm)
-    slowest = {name: max(row["ms"] for row in lane) / usual for name, lane in rows.items() if name != "full"}
+    slowest = {
+        name: max(row["ms"] / other for row, other in zip(lane, beside, strict=False))
+        for name, lane in rows.items()
+        if name != "full"
+    }
     return {"full_chunk_ms": usual, "statistics_share": share, "slowest_over_full": slowest, "chunks": rows}
 
 
