@@ -25,6 +25,8 @@ HEAD = (
     "weights, MiB", "frames/s",
 )  # fmt: skip
 
+_WHERE = {"attention": "in attention", "overall": "overall", "overall_w8a8": "overall with W8A8"}
+
 Report = dict[str, Any]
 Run = dict[str, Any]
 
@@ -55,8 +57,8 @@ def headline(folder: Path) -> str:
     full, ours = runs["full"], runs["ispa+w8a8"]
     weights = 100 * ours["memory"]["weights"] / full["memory"]["weights"]
     return (
-        f"On {mid['env']['threads']} CPU cores a steady chunk of the bench's mid geometry is made "
-        f"{ours['speedup_published']:.1f} times as fast as by the published loop in plain PyTorch (kernels "
+        f"On {mid['env']['threads']} CPU cores a steady chunk of the bench's mid geometry comes "
+        f"{ours['speedup_published']:.1f} times as fast as from the published loop in plain PyTorch (kernels "
         f"{full['speedup_published']:.1f}x, ISPA and W8A8 {ours['speedup']:.1f}x), with {ours['kv_percent']:.0f} % of "
         f"the cache and {weights:.0f} % of the weights. {others}"
     )
@@ -124,8 +126,10 @@ def _row(run: Run) -> tuple[str, ...]:
 
 def _notes(file: Path, report: Report) -> str:
     """Command and file, how the paper's figures stand, and how many warnings the report has of its own."""
-    figures = ", ".join(
-        f"{entry['paper']:.2f}x: {entry['verdict']}" for entry in report["paper"].values() if entry["ours"] is not None
+    figures = "; ".join(
+        f"{entry['paper']:.2f}x {_WHERE[name]} is {entry['ours']:.2f}x here, {entry['verdict']}"
+        for name, entry in report["paper"].items()
+        if entry["ours"] is not None
     )
     windows = [row for row in report.get("windows") or () if row["window"] != report["model"]["window"]]
     long = [
@@ -134,7 +138,7 @@ def _notes(file: Path, report: Report) -> str:
     ]
     count = len(report["warnings"])
     doubts = f"{count} warning{'s' if count != 1 else ''} of its own" if count else "no warnings of its own"
-    text = " ".join([f"The paper's {figures}.", *long] if figures else long)
+    text = " ".join([f"Of the paper's figures {figures}.", *long] if figures else long)
     return f"{text} Made by `{report['command']}`; {file.parent.name}/{file.name} has {doubts}."
 
 
