@@ -168,11 +168,10 @@ def run(
         opened, options, image=None if image else scene.image, audio=sounds, audio_encoder=scene.audio_encoder,
         masks=scene.speaker_mask or (), pose=scene.pose,
     )  # fmt: skip
-    if not any((files.out, files.sheet, files.latents, files.save_deltas, stats, json_only)):
-        say("note: nothing of this run is kept: name --out VIDEO.mp4 or --latents FILE")
+    kept = any((files.out, files.sheet, files.latents, files.save_deltas, stats, json_only))
     document = _run(
         opened, timeline, given, options, outputs, files, machine, live=prompts.live, initial=prompts.initial,
-        image=image,
+        image=image, kept=kept,
     )  # fmt: skip
     emit(document, json_only, stats, lambda: print_run(document))
     if not document["complete"]:
@@ -500,7 +499,7 @@ def _timeline(prompts: PromptFlags, spec: ModelSpec, options: StreamOptions) -> 
 def _run(
     bundle: Bundle, timeline: tuple[str, list[tuple[int, str]]], scene: Scene | None, options: StreamOptions,
     outputs: Outputs, files: FileFlags, machine: MachineFlags, *, live: bool = False, initial: Path | None = None,
-    image: Path | None = None,
+    image: Path | None = None, kept: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     from export.deltas import load_deltas, save_deltas_of
     from export.initial import read_start
@@ -527,6 +526,8 @@ def _run(
         say(cue.line(len(stream.chunks)))
     for line in slow_kernels(bundle.model):
         say(f"note: {line}")
+    if not kept:
+        say("note: nothing of this run is kept: name --out VIDEO.mp4 or --latents FILE")
     typed = LivePrompts(sys.stdin.fileno(), bundle.text_rows, say) if live else None
     launched = _launched(stream, machine)
     with stop_on_interrupt() as stop, progress_bar() as show:
