@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from ispa_deploy.avatar.stream import Scene
     from ispa_deploy.compiled import CompiledStages
     from ispa_deploy.graphs import PassGraphs
+    from ispa_deploy.model import CausalWanDiT
     from ispa_deploy.options import StreamOptions
     from ispa_deploy.run import Outputs
     from ispa_deploy.specs import ModelSpec
@@ -524,7 +525,7 @@ def _run(
         check_deltas_to_come(stream)
     for cue in planned[1:]:
         say(cue.line(len(stream.chunks)))
-    for line in slow_kernels(bundle.model):
+    for line in (*slow_kernels(bundle.model), *_without_kernels(bundle.model)):
         say(f"note: {line}")
     if not kept:
         say("note: nothing of this run is kept: name --out VIDEO.mp4 or --latents FILE")
@@ -588,14 +589,28 @@ def _profile(bundle: Bundle, asked: Compared, mid: bool, load_ms: float | None =
     from ispa_deploy.profile.environment import wide_vectors
 
     command = " ".join(["ispa-deploy", *sys.argv[1:]])
+    for line in _without_kernels(bundle.model):
+        say(f"note: {line}")
     reports = [profile_bundle(bundle, asked, command=command, load_ms=load_ms)]
     if mid and bundle.spec.name == "demo":
         narrow = bundle.model.device.type == "cpu" and not wide_vectors()
         layers = MID_LAYERS_NARROW if narrow else MID_LAYERS
         say(f"the mid geometry, {layers} layers of random weights: wide enough for 8 bits to pay")
+        for line in _without_kernels(bundle.model, "bfloat16"):
+            say(f"note: {line}")
         fewer = replace(asked, rounds=3)
         reports.append(profile_geometry("mid", bundle.model.device, fewer, layers=layers, command=command))
     return {"command": command, "reports": reports}
+
+
+def _without_kernels(model: CausalWanDiT, dtype: str | None = None) -> list[str]:
+    """What a user should know who has no C compiler; `dtype`: of another model on the same device."""
+    import torch
+
+    from ispa_deploy.native import missed
+
+    line = missed(model.device, model.dtype if dtype is None else getattr(torch, dtype))
+    return [] if line is None else [line]
 
 
 def main() -> None:

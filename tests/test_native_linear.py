@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from ispa_deploy import native
 from ispa_deploy.native import LINEAR, library, linear_int8
 from quant import kernels, kernels_cpu
 from quant.audit import slow_kernels
@@ -96,3 +98,19 @@ def test_a_kernel_that_float32_outruns_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_this_kernel_is_taken_where_onednn_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels_cpu, "KERNELS", (AVX2, INT_MM))
     assert kernels.kernel_for(torch.device("cpu"), 48, 33) is AVX2
+
+
+def test_kernels_that_a_compiler_would_bring_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a bfloat16 model on a CPU that could run them, and of no other."""
+    cpu, why = torch.device("cpu"), "no C compiler found"
+    monkeypatch.setattr(native, "MAIN", replace(native.MAIN, runs=lambda: True))
+    monkeypatch.setattr(native, "refusal", lambda: why)
+    line = native.missed(cpu, torch.bfloat16)
+    assert line is not None
+    assert line.endswith(why)
+    assert native.missed(cpu, torch.float32) is None
+    assert native.missed(torch.device("cuda"), torch.bfloat16) is None
+    monkeypatch.setattr(native, "refusal", lambda: None)
+    assert native.missed(cpu, torch.bfloat16) is None
+    monkeypatch.setattr(native, "MAIN", replace(native.MAIN, runs=lambda: False))
+    assert native.missed(cpu, torch.bfloat16) is None

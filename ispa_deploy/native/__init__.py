@@ -92,6 +92,14 @@ def refusal(build: Build = MAIN) -> str | None:
     return _load(build)[1]
 
 
+def missed(device: torch.device, dtype: torch.dtype) -> str | None:
+    """One line where a model on this CPU would run kernels of `MAIN` and has to do without; None elsewhere."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or not MAIN.runs():
+        return None
+    why = refusal()
+    return why and f"bfloat16 attention, and what lies between products, run without their C kernels, slower: {why}"
+
+
 @cache
 def _load(build: Build) -> tuple[ctypes.CDLL | None, str | None]:
     try:
