@@ -262,7 +262,7 @@ class Absorber:
         settings, device = self.settings, self.cache.device
         index = layer - len(self.targets) + len(self._early)
         early, late = self._early[index], self._late[index] if self._late else None
-        score, projected = (None, None) if late is None else self._held_out(early, late)
+        held_out, projected = (None, None) if late is None else self._held_out(early, late)
         every = (early if late is None else early + late).to(device)  # on the device one at a time
         every.projected = projected
         solution = solve(every, settings.ridge, intercept=settings.intercept)
@@ -270,8 +270,9 @@ class Absorber:
         if self.rank is not None and self.policy.absorbs and not solution.failed:
             cut = truncate(every, solution, self.rank)
         del every
-        if late is None or solution.failed:
-            score = None if solution.failed else solution.residual
+        score = solution.residual if late is None else held_out
+        if solution.failed:
+            score = None
         if solution.weight is not None:  # sums on the host: its fit waits there, the device has room for one at a time
             solution = replace(solution, weight=solution.weight.to(early.gram.device))
         return LayerRecord(solution, score, truncation=cut)

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ispa_deploy.absorb.stats import Statistics
+from ispa_deploy.absorb.stats import Statistics, inner
 from ispa_deploy.errors import InputError
 
-_ROWS = 256
 RETRIES = 6
 """Factor-of-ten increases of λ that are tried, and reported, before a layer is given up."""
 
@@ -85,7 +84,7 @@ def solve(stats: Statistics, ridge: Ridge, *, intercept: bool = False, certified
     moved = stats.local_sum.double() @ delta
     bias = (gap_w - moved) / stats.rows if intercept else None
     # The normal equations stand in for G ΔW: ε = s - tr((HW)ᵀΔW) - λ‖ΔW‖², of centred sums with an intercept.
-    residual = stats.gap_energy - _inner(cross_w, delta) - strength * _inner(delta, delta)
+    residual = stats.gap_energy - inner(cross_w, delta) - strength * inner(delta, delta)
     if intercept:
         residual -= float((gap_w - moved) @ gap_w) / stats.rows
     weight = delta.T
@@ -99,11 +98,6 @@ def solve(stats: Statistics, ridge: Ridge, *, intercept: bool = False, certified
         gap=stats.gap_energy,
         status=f"ridge raised x10^{raised}" if raised else "ok",
     )
-
-
-def _inner(a: Tensor, b: Tensor) -> float:
-    """tr(aᵀb) of two squares, a part at a time: no third is made."""
-    return sum(float(torch.sum(one * two)) for one, two in zip(a.split(_ROWS), b.split(_ROWS), strict=True))
 
 
 def _centred_gram(stats: Statistics, intercept: bool) -> Tensor:

@@ -193,7 +193,7 @@ class Statistics:
     def residual(self, delta_weight: Tensor, delta_bias: Tensor | None = None) -> float:
         """‖A_loc(W + ΔW) + b − A_full W‖² on these rows (paper eq. 6), for any ΔW (O, I) and bias change b (O,)."""
         delta, cross_w = delta_weight.double().T, self.projected_cross()
-        error = self.gap_energy - 2 * sum(float((delta[rows] * cross_w[rows]).sum()) for rows in _slices(len(delta)))
+        error = self.gap_energy - 2 * inner(delta, cross_w)
         error += sum(float((delta[rows] * (self.gram[rows].double() @ delta)).sum()) for rows in _slices(len(delta)))
         if delta_bias is not None:
             bias = delta_bias.double()
@@ -211,6 +211,11 @@ class Statistics:
                 torch.mm(cross[rows].double(), weight.T, out=made.T[rows])
             self.projected = made.T
         return self.projected
+
+
+def inner(a: Tensor, b: Tensor) -> float:
+    """tr(aᵀb) of two squares, in parts: no third is made."""
+    return sum(float((a[rows] * b[rows]).sum()) for rows in _slices(len(a)))
 
 
 def _slices(rows: int, step: int = 256) -> list[slice]:
