@@ -72,13 +72,17 @@ class PassGraphs:
         text: TextKV,
         cache: KVCache,
         stores: int | None = None,
+        fine: bool = False,
     ) -> Tensor:
-        """The model's pass over x (B, F, C, H, W). `condition` is that of `timestep`, one object for a whole stream."""
+        """The model's pass over x (B, F, C, H, W). `condition` is that of `timestep`, one object for a whole stream.
+
+        `fine`: whether linears run otherwise than in a pass that is not, at the same timestep or another.
+        """
         form = cache.form()
         if form is None or self.failure or recorded():
             return model(x, condition, text, cache, stores)
         self._follow(cache.generation)
-        key = (timestep, stores, x.shape, form)
+        key = (timestep, stores, fine, x.shape, form)
         if key not in self._seen:
             self._seen.add(key)
             return model(x, condition, text, cache, stores)

@@ -28,6 +28,7 @@ from ispa_deploy.context import Encoder
 from ispa_deploy.errors import InputError, known_names
 from ispa_deploy.memory import setup_for
 from ispa_deploy.policies import POLICIES, Policy
+from ispa_deploy.precision import check_bits, last_pass_linears
 from ispa_deploy.sampler import LEVELS, Sampler
 from ispa_deploy.stream import Decoder, NoiseSource, Stream, default_noise, plan_chunks
 
@@ -57,6 +58,8 @@ class StreamOptions:
     Speech to video only: `rope_table`: `exact`, or `fp16` as upstream rounds it; `online_reference`: the first
     generated frame takes the reference's place after the first clip, as upstream's online decoding does; `per_step`:
     a correction for each denoising step, and not one for all of them.
+    `last_pass_bits`: 16: in the last denoising pass of a chunk the last third of the layers takes activations of 16 bits
+    where its linears have 8; see `ispa_deploy.precision`.
     `offload`: caches that are idle, its rings of other denoising steps, lie in host memory.
     `height` and `width` in pixels; `interpolate`: chunks from one prompt to the next. Of a model that encodes its past
     anew before every chunk: `kv_frames` (its context), `kv_bias` in (0, 1] (the weight of keys between the context's
@@ -110,6 +113,7 @@ class StreamOptions:
     strength: float | None = None
     first_frame: str = "auto"
     offload: bool = False
+    last_pass_bits: int = 16
 
     def settings(self) -> Settings:
         """The preset with the flags that were given."""
@@ -170,13 +174,14 @@ def open_stream(
         raise InputError(f"initial latents of shape {tuple(initial.shape[2:])}: expected {spec.latent_shape}")
     if options.strength is not None:
         noise, initial = noised_start(noise, initial, sampler, spec, options.frames), None
+    fine = last_pass_linears(model, options.last_pass_bits)
     common = (model, cache, absorber, text_rows, options.frames, noise, sampler, decoder, switches or [], initial)
     if scene is None:
         encoder = _first_frame_encoder(options, decoder, encoder)
-        return Stream(*common, full_commit=options.full_commit, encoder=encoder)
+        return Stream(*common, full_commit=options.full_commit, encoder=encoder, fine=fine)
     scene.check(spec)
     distance = drawn_distance(options.seed)
-    return AvatarStream(*common, scene=scene, distance=distance, online=options.online_reference)
+    return AvatarStream(*common, scene=scene, distance=distance, online=options.online_reference, fine=fine)
 
 
 def check_options(spec: ModelSpec, options: StreamOptions) -> ModelSpec:
@@ -188,6 +193,7 @@ def check_options(spec: ModelSpec, options: StreamOptions) -> ModelSpec:
         raise InputError("--window was given: expected --policy window with it")
     if options.per_step and not spec.audio_blocks:
         raise InputError(f"--per-step with '{spec.name}': expected a speech-to-video model; leave it out")
+    check_bits(options.last_pass_bits)
     spec = adapted(spec, options)
     check_length(spec, options.frames)
     plan_chunks(spec, options.frames)

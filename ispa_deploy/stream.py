@@ -18,8 +18,9 @@ from ispa_deploy.context import Context, Encoder
 from ispa_deploy.errors import InputError
 from ispa_deploy.graphs import PassGraphs
 from ispa_deploy.model import CausalWanDiT, Conditioning, TextKV
+from ispa_deploy.precision import Widening, widened
 from ispa_deploy.regions import region
-from ispa_deploy.sampler import ChunkNoise, Sampler
+from ispa_deploy.sampler import ChunkNoise, Sampler, Velocity
 from ispa_deploy.specs import ModelSpec
 
 Decoder = Callable[[Tensor], Tensor]
@@ -62,7 +63,8 @@ class Stream:
     before generation starts. `commit_last` also runs the clean pass of the last chunk, which only statistics read
     unless the stream is continued. `full_commit` runs clean passes to their end, as upstream; else they stop at the
     last layer that keeps keys of them. `encoder` is the decoder's inverse: a model that re-encodes its past makes the
-    first frame of its context with it. `graphs`: passes that come again are replayed.
+    first frame of its context with it. `graphs`: passes that come again are replayed. `fine`: linears whose activations
+    have 16 bits in the last denoising pass of every chunk.
     """
 
     model: CausalWanDiT
@@ -79,13 +81,14 @@ class Stream:
     full_commit: bool = False
     encoder: Encoder | None = None
     graphs: PassGraphs | None = None
+    fine: Sequence[Widening] = ()
 
     def __post_init__(self) -> None:
         self.chunks = plan_chunks(self.spec, self.frames)
         self.context = Context(self.spec, self.encoder) if self.spec.reencodes else None
         self._conditions: dict[float, Conditioning] = {}
         self._recalibrate = False
-        self._begun = False
+        self._begun = self._finely = False
         self._past = torch.empty(0)
         self._coming: list[Tensor] = []
         self.text = self._encoded(self.rows)
@@ -138,7 +141,23 @@ class Stream:
         """The chunk's clean latents: given ones while `initial` lasts, generated ones after."""
         if self.initial is not None and start < self.initial.shape[1]:
             return self.initial[:, start : start + count].float()
-        return self.sampler.denoise(index, self._velocity, lambda step: self.noise(index, count, step))
+        return self.sampler.denoise(index, self._by_pass(index), lambda step: self.noise(index, count, step))
+
+    def _by_pass(self, index: int) -> Velocity:
+        """The chunk's velocities, one denoising pass after another; the last one is the fine one."""
+        left = self.sampler.passes(index)
+
+        def velocity(x: Tensor, timestep: float) -> Tensor:
+            nonlocal left
+            left -= 1
+            self._finely = left == 0 and bool(self.fine)
+            try:
+                with widened(self.fine if self._finely else ()):
+                    return self._velocity(x, timestep)
+            finally:
+                self._finely = False
+
+        return velocity
 
     def _velocity(self, x: Tensor, timestep: float) -> Tensor:
         velocity = self._pass(x, timestep, self.text)
@@ -150,7 +169,7 @@ class Stream:
         condition = self._condition(timestep)
         if self.graphs is None:
             return self.model(x, condition, text, self.cache, stores)
-        return self.graphs.run(self.model, x, timestep, condition, text, self.cache, stores)
+        return self.graphs.run(self.model, x, timestep, condition, text, self.cache, stores, self._finely)
 
     @torch.inference_mode()
     def _commit(self, latents: Tensor, start: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ispa_deploy.errors import InputError
 from ispa_deploy.passes import Norm
 from quant import kernels_cpu, kernels_cuda, kernels_float8, kernels_packages
-from quant.kernels_wide import Wide
+from quant.kernels_wide import Wide, Widening
 from quant.primitives import FLOAT8, ZERO_POINT, Activations, int_matmul, quantise_as, quantise_fixed
 
 # Kernels that hold the same codes and take the same activations; a layer belongs to one family.
@@ -48,7 +48,7 @@ class Kernel(Protocol):
     def exact(self) -> bool: ...
     @property
     def activations(self) -> Activations:
-        """What `quantise` makes of the rows: uint8 with zero point 128, int8, int16, e4m3, or nothing."""
+        """What `quantise` makes of the rows: uint8 with zero point 128, int8, two codes of these, e4m3, or nothing."""
         ...
 
     def fits(self, features: int, outputs: int) -> bool:
@@ -104,13 +104,28 @@ class Resident:
     """Owner of one packed weight in the table; the entry goes when the owner does."""
 
     def __init__(self, kernel: Kernel, codes: Tensor, scale: Tensor) -> None:
+        self._hold(_Entry(kernel, kernel.pack(codes.contiguous()), scale.reshape(-1).contiguous()), codes.shape)
+
+    def _hold(self, entry: _Entry, shape: Sequence[int]) -> None:
         number = next(_NUMBERS)
-        packed = kernel.pack(codes.contiguous())
-        _TABLE[number] = self.entry = _Entry(kernel, packed, scale.reshape(-1).contiguous())
+        _TABLE[number] = self.entry = entry
         # A tensor, because torch.compile would make a Python number a constant and compile every layer anew.
         self.number, self.serial = torch.tensor(number), number
-        self.outputs, self.features = codes.shape
+        self.outputs, self.features = shape
+        self._wide: Resident | None = None
         weakref.finalize(self, _TABLE.pop, number, None)
+
+    def widened(self) -> Resident | None:
+        """The same packed weight under activations of 16 bits; None where its kernel has no such form."""
+        if self._wide is None and (kernel := wide_form(self.entry.kernel)) is not None:
+            self._wide = Resident.__new__(Resident)
+            self._wide._hold(_Entry(kernel, self.entry.packed, self.entry.column), (self.outputs, self.features))
+        return self._wide
+
+    @property
+    def wide_calls(self) -> int:
+        """How often it was multiplied by under activations of 16 bits."""
+        return 0 if self._wide is None else self._wide.entry.calls
 
     @property
     def nbytes(self) -> int:
@@ -122,9 +137,16 @@ class Resident:
         return self.entry.kernel.unpack(self.entry.packed)
 
 
+def wide_form(kernel: Kernel) -> Wide | None:
+    """The kernel that multiplies what `kernel` packed by activations of 16 bits; None where there is none."""
+    if kernel is kernels_cpu.ONEDNN_STATIC:  # its product takes one scale for all rows
+        kernel = kernels_cpu.ONEDNN
+    return Wide(kernel) if isinstance(kernel, Widening) else None
+
+
 def resident_count() -> int:
     """How many packed weights are alive."""
-    return len(_TABLE)
+    return len({id(entry.packed) for entry in _TABLE.values()})
 
 
 def _run(codes: Tensor, scale: Tensor, number: Tensor, bias: Tensor | None, outputs: int, dtype: torch.dtype) -> Tensor:
@@ -265,7 +287,7 @@ def multiply_gelu(
 def candidates(family: Family, device_type: str) -> Sequence[Kernel]:
     """The family's kernels for a device type, the fastest first, without the stand-in."""
     cuda = device_type == "cuda"
-    own: Sequence[Kernel] = (kernels_cuda if cuda else kernels_cpu).KERNELS
+    own = (kernels_cuda if cuda else kernels_cpu).KERNELS
     int8: Sequence[Kernel] = (*own, kernels_packages.TORCHAO)
     table: dict[Family, Sequence[Kernel]] = {
         "int8": int8,
@@ -282,7 +304,7 @@ def stand_in(family: Family, device_type: str) -> Kernel:
     if family == "fp8":
         return kernels_float8.SIMULATED
     if family == "int8-wide":
-        return Wide(stand_in("int8", device_type))
+        return Wide((kernels_cuda if device_type == "cuda" else kernels_cpu).SIMULATED)
     return kernels_cuda.SIMULATED if device_type == "cuda" else kernels_cpu.SIMULATED
 
 

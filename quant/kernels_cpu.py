@@ -26,8 +26,10 @@ from quant.primitives import (
     ZERO_POINT,
     fixed_scale,
     inverse_step,
+    join_wide,
     quantise_fixed,
     quantise_rows,
+    quantise_wide_rows,
     rescale,
     row_scale,
 )
@@ -38,6 +40,8 @@ COMPILE_FROM = 6 << 20
 ACCELERATED_FROM = 1 << 19
 # Rows per step of the eager passes: the float32 scratch of a step stays in the cache.
 STEP = 128
+# Rows of 16-bit activations per product, whose float32 sums are small beside a chunk's own tensors.
+WIDE_STEP = 512
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,6 +153,15 @@ def _finish(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dt
     return y
 
 
+def _join(product: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """`join_wide` into y."""
+    with region("linear.dequantise"), torch.no_grad():
+        if y.dtype in (torch.bfloat16, torch.float32) and elementwise.applies(product, y.shape[1], wide=True):
+            elementwise.join_wide(product, scale, bias, y)
+        else:
+            y.copy_(join_wide(product, scale, bias))
+
+
 @dataclass(frozen=True)
 class _CpuKernel(BaseKernel):
     """What the kernels of this file share."""
@@ -172,6 +185,40 @@ class _CpuKernel(BaseKernel):
         """The codes themselves."""
         return packed
 
+    def multiply(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """See `quant.kernels.Kernel`."""
+        raise NotImplementedError
+
+    def quantise_wide(self, x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `quant.kernels_wide.Widening`."""
+        if self.unsigned and elementwise.applies(x, x.shape[-1], wide=True):
+            return elementwise.quantise_wide(x, factor)
+        codes = torch.empty(len(x), 2 * x.shape[1], dtype=torch.uint8 if self.unsigned else torch.int8)
+        scale = torch.empty(len(x), 1)
+        with torch.no_grad():
+            for start in range(0, len(x), STEP):
+                rows = slice(start, start + STEP)
+                codes[rows], scale[rows] = quantise_wide_rows(x[rows], factor, unsigned=self.unsigned)
+        return codes, scale
+
+    def multiply_wide(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """See `quant.kernels_wide.Widening`."""
+        y = torch.empty(len(codes), len(column), dtype=dtype)
+        bias = None if bias is None else bias.to(torch.float32)
+        for start in range(0, len(codes), WIDE_STEP):
+            rows = slice(start, start + WIDE_STEP)
+            pairs = codes[rows].reshape(2 * len(y[rows]), -1)
+            _join(self._of_columns(pairs, packed, column), scale[rows], bias, y[rows])
+        return y
+
+    def _of_columns(self, codes: Tensor, packed: Tensor, column: Tensor) -> Tensor:
+        """(M, N) float32, scaled by columns alone."""
+        return self.multiply(codes, torch.ones(len(codes), 1), packed, column, None, torch.float32)
+
 
 class _OneDnn(_CpuKernel):
     """`onednn.qlinear_pointwise`. Its packed form unpacks exactly, so no second copy of the codes is kept."""
@@ -187,6 +234,9 @@ class _OneDnn(_CpuKernel):
         self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         return _finish(self._product(codes, packed, column, dtype), scale, bias, dtype)
+
+    def _of_columns(self, codes: Tensor, packed: Tensor, column: Tensor) -> Tensor:
+        return self._product(codes, packed, column, torch.float32)
 
     def _product(self, codes: Tensor, packed: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
         """(M, N), scaled by columns alone."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ispa_deploy.passes import Norm, norm, on_triton
 from ispa_deploy.regions import region
 from quant.kernels_stored import StoredKernel
-from quant.primitives import quantise_fixed, quantise_rows, rescale
+from quant.primitives import join_wide, quantise_fixed, quantise_rows, quantise_wide_rows, rescale
 
 # `_int_mm` refuses fewer rows on CUDA.
 MIN_ROWS = 17
@@ -39,6 +39,25 @@ class _CudaKernel(StoredKernel):
     def quantise(self, x: Tensor, step: Tensor | None = None, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `quant.kernels.Kernel`."""
         return quantise_rows(x, factor) if step is None else quantise_fixed(x, step, factor)
+
+    def multiply(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """See `quant.kernels.Kernel`."""
+        raise NotImplementedError
+
+    def quantise_wide(self, x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `quant.kernels_wide.Widening`."""
+        return quantise_wide_rows(x, factor)
+
+    def multiply_wide(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """See `quant.kernels_wide.Widening`."""
+        pairs = codes.view(2 * len(codes), -1)
+        product = self.multiply(pairs, scale.new_ones(len(pairs), 1), packed, column, None, torch.float32)
+        with region("linear.dequantise"):
+            return join_wide(product, scale, bias).to(dtype)
 
 
 class _Triton(_CudaKernel):

@@ -44,7 +44,7 @@ class StaticInt8Linear(Int8Linear):
         return layer
 
     def _step(self) -> Tensor | None:
-        return self.input_scale
+        return None if self.wide else self.input_scale
 
 
 class WideInt8Linear(Int8Linear):

@@ -33,7 +33,7 @@ from quant.kernels import (
     norm_codes,
     quantise,
 )
-from quant.primitives import MAX_FEATURES, check_finite, dequantise, quantise_weight
+from quant.primitives import MAX_FEATURES, check_finite, dequantise, dequantise_wide, quantise_weight
 
 
 def _mark(name: str) -> AbstractContextManager[None]:
@@ -67,10 +67,12 @@ class QuantisedLinear(nn.Module):
     _requantised: Resident | None = None
     _folded: Tensor | None = None
     _moved_bias: Tensor | None = None
-    _retired_calls = 0
+    _retired_calls = _retired_wide_calls = 0
     float_calls = 0
     # Whether floating-point arithmetic may stand in where no kernel of the family runs.
     allow_fallback = False
+    # Whether activations have 16 bits now (`set_wide`).
+    wide = False
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str | None = None
@@ -111,8 +113,7 @@ class QuantisedLinear(nn.Module):
         if self.delta_mode == "fold":
             return self._forward_folded(source)
         rows = x if isinstance(x, QuantisedRows) else self.quantise(x)
-        resident = self._requantised if self._requantised is not None else self._prepared()
-        y = multiply(rows, resident, self.bias if self._moved_bias is None else self._moved_bias)
+        y = multiply(rows, self._running(), self.bias if self._moved_bias is None else self._moved_bias)
         if self.delta_mode == "side":
             assert self.delta is not None
             with _mark("linear.delta"):
@@ -126,7 +127,7 @@ class QuantisedLinear(nn.Module):
         """`forward(x)`, finished by the pass that adds it to the residual."""
         if torch.compiler.is_compiling() or self._needs_source():
             return None
-        resident = self._requantised if self._requantised is not None else self._prepared()
+        resident = self._running()
         if not begins(x.source if isinstance(x, QuantisedRows) else x, resident):
             return None
         rows = x if isinstance(x, QuantisedRows) else self.quantise(x)
@@ -141,7 +142,7 @@ class QuantisedLinear(nn.Module):
         alike = [other for other in others if isinstance(other, QuantisedLinear) and self._quantises_like(other)]
         if len(alike) < len(others) or any(other._needs_source() for other in alike):
             return None
-        return norm_codes(x, y, how, gate, self._prepared(), self.pre_quant_scale)
+        return norm_codes(x, y, how, gate, self._running(), self.pre_quant_scale)
 
     def _needs_source(self) -> bool:
         """Whether a delta reads the input itself beside its codes."""
@@ -154,16 +155,16 @@ class QuantisedLinear(nn.Module):
         if self.delta is not None or after.delta is not None:
             return None
         source = x.source if isinstance(x, QuantisedRows) else x
-        if not fuses_gelu(source, self._prepared(), after._prepared()):
+        if not fuses_gelu(source, self._running(), after._running()):
             return None
         rows = x if isinstance(x, QuantisedRows) else self.quantise(x)
-        return multiply_gelu(rows, self._prepared(), self.bias, after.pre_quant_scale)
+        return multiply_gelu(rows, self._running(), self.bias, after.pre_quant_scale)
 
     def quantise(self, x: Tensor) -> QuantisedRows:
         """(..., K) -> rows that every layer of this kind, input and device accepts: quantise once for q, k and v."""
         with _mark("linear.quantise"):
             rows = x.reshape(-1, self.in_features)
-            codes, scale = quantise(rows, self._prepared().entry.kernel, self._step(), self.pre_quant_scale)
+            codes, scale = quantise(rows, self._running().entry.kernel, self._step(), self.pre_quant_scale)
         return QuantisedRows(codes, scale, x)
 
     def shared(self, x: Tensor, others: Sequence[nn.Module]) -> QuantisedRows | Tensor:
@@ -175,12 +176,12 @@ class QuantisedLinear(nn.Module):
     def _quantises_like(self, other: nn.Module) -> bool:
         if not isinstance(other, QuantisedLinear) or other.delta_mode == "fold" or self.delta_mode == "fold":
             return False
-        key = (self._prepared().serial, other._prepared().serial)
+        key = (self._running().serial, other._running().serial)
         if key not in self._alike:
             ours, theirs = ((one.pre_quant_scale, one._step()) for one in (self, other))
             same = all(a is b or (a is not None and b is not None and torch.equal(a, b))
                        for a, b in zip(ours, theirs, strict=True))  # fmt: skip
-            kernels = {one._prepared().entry.kernel for one in (self, other)}
+            kernels = {one._running().entry.kernel for one in (self, other)}
             self._alike[key] = same and len(kernels) == 1
         return self._alike[key]
 
@@ -227,6 +228,21 @@ class QuantisedLinear(nn.Module):
         assert self._resident is not None
         return self._resident
 
+    def _running(self) -> Resident:
+        """What `forward` multiplies by now."""
+        held = self._requantised if self._requantised is not None else self._prepared()
+        return (held.widened() if self.wide else None) or held
+
+    def set_wide(self, wide: bool) -> bool:
+        """From now on activations have 16 bits, in two products of the same weight, or 8 again; whether they have 16.
+
+        False where the layer's kernel has no such form, and for a delta that is folded into floating point. Not from
+        inside a compiled graph.
+        """
+        able = self.delta_mode != "fold" and self._prepared().widened() is not None
+        self.wide = wide and able
+        return self.wide
+
     def codes(self) -> Tensor:
         """(N, K) codes of the layer's own weight, whatever delta it carries."""
         if self.weight is not None:
@@ -239,7 +255,8 @@ class QuantisedLinear(nn.Module):
         if self._resident is not None:
             assert self.delta is None, "take the delta back before moving or loading the layer"
             self.weight = self.codes()
-            self._retired_calls, self._resident = self.calls, None
+            self._retired_calls, self._retired_wide_calls = self.calls, self.wide_calls
+            self._resident = None
 
     @property
     def nbytes(self) -> int:
@@ -271,8 +288,15 @@ class QuantisedLinear(nn.Module):
     @property
     def calls(self) -> int:
         """How often this layer's 8-bit kernel really ran, over all its weights so far."""
-        alive = (resident.entry.calls for resident in (self._resident, self._requantised) if resident is not None)
-        return self._retired_calls + sum(alive)
+        return self._retired_calls + sum(one.entry.calls + one.wide_calls for one in self._residents())
+
+    @property
+    def wide_calls(self) -> int:
+        """How many of `calls` were made with activations of 16 bits."""
+        return self._retired_wide_calls + sum(one.wide_calls for one in self._residents())
+
+    def _residents(self) -> list[Resident]:
+        return [one for one in (self._resident, self._requantised) if one is not None]
 
     # The delta seam (ispa_deploy.delta)
 
@@ -287,7 +311,8 @@ class QuantisedLinear(nn.Module):
 
     def _stood_for(self, rows: QuantisedRows) -> Tensor:
         """(M, K) float32 in the input's own units."""
-        values = dequantise(rows.codes, rows.scale)
+        wide = rows.codes.shape[-1] > self.in_features
+        values = (dequantise_wide if wide else dequantise)(rows.codes, rows.scale)
         return values if self.pre_quant_scale is None else values.div_(self.pre_quant_scale)
 
     def _with(self, delta: Delta) -> Tensor:
@@ -308,7 +333,8 @@ class QuantisedLinear(nn.Module):
         if delta is not None:
             self._check(delta)
         if self._requantised is not None:
-            self._retired_calls += self._requantised.entry.calls
+            self._retired_calls += self._requantised.entry.calls + self._requantised.wide_calls
+            self._retired_wide_calls += self._requantised.wide_calls
         self.delta = self.delta_mode = self._requantised = self._folded = self._moved_bias = None
         if delta is None:
             return

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ispa_deploy.errors import InputError
 
-# What a kernel takes the activations as; `float`: it quantises them itself.
-Activations = Literal["uint8", "int8", "int16", "float8", "float"]
+# What a kernel takes the activations as; `x2`: two codes for each of 16 bits; `float`: it quantises them itself.
+Activations = Literal["uint8", "int8", "uint8x2", "int8x2", "float8", "float"]
 
 CODE_MAX = 127
 FLOAT8 = torch.float8_e4m3fn
@@ -77,21 +77,32 @@ def quantise_rows(x: Tensor, factor: Tensor | None = None, *, unsigned: bool = F
     return ((codes + ZERO_POINT).to(torch.uint8) if unsigned else codes.to(torch.int8)), scale
 
 
-def quantise_wide_rows(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(M, K) of any float dtype, times `factor` (K,) -> int16 codes (M, K) and float32 scales (M, 1) = amax / 32639.
+def quantise_wide_rows(x: Tensor, factor: Tensor | None = None, *, unsigned: bool = False) -> tuple[Tensor, Tensor]:
+    """(M, K) of any float dtype, times `factor` (K,) -> codes (M, 2 K) and float32 scales (M, 1) = amax / 32639.
 
-    A row that holds NaN or Inf gets the scale NaN and unspecified codes.
+    A row is K high codes in -127..127 and then K low ones in -128..127, for values of high * 256 + low; `unsigned`
+    stores both with zero point 128. A row that holds NaN or Inf gets the scale NaN and unspecified codes.
     """
     values = widened(x, factor)
     amax = values.abs().amax(dim=-1, keepdim=True)
     scale = torch.where(torch.isfinite(amax), amax / WIDE_MAX, float("nan")).clamp_min(SCALE_FLOOR)
-    return torch.round(values * (1.0 / scale)).to(torch.int16), scale
+    whole = torch.round(values * (1.0 / scale))
+    high = torch.floor((whole + HIGH // 2) / HIGH)  # exact: whole numbers far below 2^24
+    codes = torch.cat([high, whole - high * HIGH], dim=-1)
+    return ((codes + ZERO_POINT).to(torch.uint8) if unsigned else codes.to(torch.int8)), scale
 
 
-def split_wide(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """int16 codes of -32639..32639 -> high and low parts, int16 in -127..127 and -128..127: high * 256 + low."""
-    high = (codes + HIGH // 2) >> 8
-    return high, codes - (high * HIGH)
+def join_wide(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Products (2 M, N) of high and low codes in turns, row scales (M, 1), bias (N,) -> float32 (M, N)."""
+    high, low = product.to(torch.float32).unflatten(0, (-1, 2)).unbind(1)
+    y = (high * HIGH + low) * scale
+    return y if bias is None else y + bias
+
+
+def dequantise_wide(codes: Tensor, scale: Tensor) -> Tensor:
+    """Codes (M, 2 K) of `quantise_wide_rows` and scales (M, 1) -> float32 (M, K)."""
+    high, low = dequantise(codes, torch.ones_like(scale)).chunk(2, dim=-1)
+    return (high * HIGH + low) * scale
 
 
 def quantise_weight_fp8(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
@@ -164,13 +175,13 @@ def quantise_as(x: Tensor, activations: Activations, factor: Tensor | None = Non
         return watch_rows(x, factor)
     if activations == "float8":
         return quantise_rows_fp8(x, factor)
-    if activations == "int16":
-        return quantise_wide_rows(x, factor)
+    if activations in ("uint8x2", "int8x2"):
+        return quantise_wide_rows(x, factor, unsigned=activations == "uint8x2")
     return quantise_rows(x, factor, unsigned=activations == "uint8")
 
 
 def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
-    """Codes (R, K), int8, int16, e4m3 or uint8 with zero point 128, and scales (R, 1) -> float32 (R, K)."""
+    """Codes (R, K), int8, e4m3 or uint8 with zero point 128, and scales (R, 1) -> float32 (R, K)."""
     values = codes.to(torch.float32)  # always a copy
     if codes.dtype == torch.uint8:
         values -= ZERO_POINT

@@ -15,7 +15,7 @@ from ispa_deploy.passes import Norm
 from ispa_deploy.rope import Rope, rotate
 from quant.kernels_cpu import ONEDNN
 from quant.linear import Int8Linear
-from quant.primitives import quantise_rows, rescale
+from quant.primitives import join_wide, quantise_rows, quantise_wide_rows, rescale
 from tests.fused import FusedLayer, check_bad_rows, check_layer, check_marks, check_watched
 from tests.tiny import SPEC, latents_of, tiny_model, tiny_stream
 
@@ -96,6 +96,25 @@ def test_quantisation_and_rescaling_are_the_plain_ones_bit_for_bit(dtype: torch.
         for out in (BF16, torch.float32):
             want = rescale(product, factor, wanted, out)
             assert torch.equal(elementwise.rescale(product.clone(), factor, wanted, out), want)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_codes_of_sixteen_bits_have_the_reference_s_bits_and_are_joined(dtype: torch.dtype) -> None:
+    x = (torch.randn(7, 96) * torch.logspace(-20, 20, 7)[:, None]).to(dtype)
+    x[1], x[2, 3], x[5, 7] = 0, float("nan"), -float("inf")
+    by = torch.exp2(torch.randint(-6, 7, (96,)).float())
+    for factor, rows in ((None, x), (by, x), (None, torch.cat([x, x], 1)[:, 48:144])):
+        codes, scale = elementwise.quantise_wide(rows, factor)
+        want_codes, want_scale = quantise_wide_rows(rows, factor, unsigned=True)
+        finite = ~want_scale.isnan().flatten()
+        assert torch.equal(scale.isnan(), want_scale.isnan())
+        assert torch.equal(scale[finite], want_scale[finite])
+        assert torch.equal(codes[finite], want_codes[finite])
+    product, scale, bias = torch.randn(14, 32) * 1e6, torch.rand(7, 1), torch.randn(32)
+    for wanted in (None, bias):
+        y = torch.empty(7, 32, dtype=dtype)
+        elementwise.join_wide(product, scale, wanted, y)
+        torch.testing.assert_close(y, join_wide(product, scale, wanted).to(dtype), rtol=1e-6, atol=1e-3)
 
 
 def test_gelu_and_its_quantisation() -> None:

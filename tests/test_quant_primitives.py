@@ -16,12 +16,14 @@ from quant.kernels_cpu import AVX2, INT_MM, ONEDNN
 from quant.primitives import (
     HIGH,
     WIDE_MAX,
+    ZERO_POINT,
     dequantise,
+    dequantise_wide,
     int_matmul,
+    join_wide,
     quantise_rows,
     quantise_weight,
     quantise_wide_rows,
-    split_wide,
     sqnr_db,
 )
 
@@ -54,19 +56,29 @@ def test_row_round_trip_is_within_half_a_step(unsigned: bool) -> None:
     assert bool((error <= 0.5 * scale.double() * (1 + 1e-4)).all())
 
 
-def test_a_wide_code_is_its_two_parts_and_within_half_a_step() -> None:
-    codes = torch.arange(-WIDE_MAX, WIDE_MAX + 1, dtype=torch.int16)
-    high, low = split_wide(codes)
-    assert torch.equal(high.int() * HIGH + low.int(), codes.int())
-    assert (int(high.min()), int(high.max()), int(low.min()), int(low.max())) == (-127, 127, -128, 127)
-    x = torch.randn(9, 300) * torch.logspace(-30, 30, 9)[:, None]
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_a_wide_code_is_two_of_one_byte_and_within_half_a_step(unsigned: bool) -> None:
+    x = torch.randn(10, 300) * torch.logspace(-30, 30, 10)[:, None]
     x[4], x[5, 1], x[6, 0] = 0.0, math.nan, -math.inf
-    codes, scale = quantise_wide_rows(x)
-    assert codes.abs().max() <= WIDE_MAX
-    assert not codes[4].any()
-    assert scale.isnan().flatten().tolist() == [row in (5, 6) for row in range(9)]
+    x[7] = torch.linspace(-1, 1, 300)  # both ends of the range
+    codes, scale = quantise_wide_rows(x, unsigned=unsigned)
+    assert codes.dtype == (torch.uint8 if unsigned else torch.int8)
+    assert codes.shape == (10, 600)
+    assert scale.isnan().flatten().tolist() == [row in (5, 6) for row in range(10)]
     finite = ~scale.isnan().flatten()
-    assert ((dequantise(codes, scale) - x)[finite].abs() <= 0.502 * scale[finite]).all()
+    high, low = (codes.int() - (ZERO_POINT if unsigned else 0))[finite].chunk(2, 1)
+    assert (int(high.min()), int(high.max())) == (-127, 127)
+    assert (high * HIGH + low).abs().max() == WIDE_MAX
+    assert not (high[4].any() or low[4].any())
+    assert ((dequantise_wide(codes, scale) - x)[finite].abs() <= 0.502 * scale[finite]).all()
+
+
+def test_products_of_wide_codes_are_joined_exactly() -> None:
+    codes, scale = quantise_wide_rows(torch.randn(6, 40))
+    weight, bias = torch.randint(-127, 128, (5, 40), dtype=torch.int8), torch.randn(5)
+    got = join_wide(int_matmul(codes.view(12, 40), weight), scale, bias)
+    want = (dequantise_wide(codes, scale).double() @ weight.double().t() + bias).float()
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
 
 
 def test_zero_rows_stay_zero() -> None:

@@ -15,7 +15,7 @@ from ispa_deploy.delta import Delta
 from ispa_deploy.errors import InputError
 from quant import kernels, kernels_cpu, kernels_cuda, kernels_float8
 from quant.interchange import from_bitsandbytes, from_torchao, to_bitsandbytes, to_torchao
-from quant.kernels import candidates, kernel_for, refusal, runs
+from quant.kernels import candidates, kernel_for, refusal, resident_count, runs
 from quant.kernels_packages import TORCHAO
 from quant.kernels_stored import StoredKernel
 from quant.layers import LAYERS, Fp8Linear, StaticInt8Linear
@@ -234,6 +234,44 @@ def test_a_wide_layer_names_both_products_and_shares_no_codes_with_a_narrow_one(
     assert wide.calls == 2
     assert torch.equal(wide.codes(), narrow.codes())
     torch.testing.assert_close(wide.multiplied(x), x, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "int8-static"])
+def test_a_layer_widens_its_activations_and_narrows_them_again(
+    kind: LayerKind, dtype: torch.dtype, linear: nn.Linear
+) -> None:
+    """On the same packed weight: results are a wide layer's bit for bit, and its own again afterwards."""
+    layer, wide, x = make(kind, linear), LAYERS["int8-wide"].from_float(linear), torch.randn(300, K).to(dtype)
+    before, held = layer(x), resident_count()
+    assert layer.set_wide(True)
+    assert torch.equal(layer(x), wide(x))
+    assert layer.shared(x, [make("int8", linear)]) is x
+    torch.testing.assert_close(layer.multiplied(x), x.float(), rtol=1e-3, atol=2e-3)
+    assert not layer.set_wide(False)
+    assert torch.equal(layer(x), before)
+    assert (layer.calls, layer.wide_calls) == (3, 1)
+    assert resident_count() == held + 1, "that of `wide` alone"
+    assert layer.nbytes == make(kind, linear).nbytes
+    delta = Delta(torch.randn_like(linear.weight.detach()) * 0.01)
+    layer.set_delta(delta, "requant")
+    layer.set_wide(True)
+    corrected = x.double() @ layer.reference_weight().add(delta.dense()).double().t() + linear.bias.detach().double()
+    assert relative(layer(x), corrected) < ERROR["int8-wide"]
+    layer.set_wide(False)
+    layer.set_delta(None)
+    assert (layer.calls, layer.wide_calls) == (4, 2)
+    assert torch.equal(copy.deepcopy(layer)(x), before)
+
+
+@pytest.mark.parametrize("kind", ["int8-wide", "fp8", "bnb"])
+def test_layers_that_cannot_widen_say_so_and_stay(kind: LayerKind, linear: nn.Linear) -> None:
+    if kind == "bnb":
+        needs_bitsandbytes()
+    layer, x = make(kind, linear), torch.randn(5, K)
+    before = layer(x)
+    assert not layer.set_wide(True)
+    assert torch.equal(layer(x), before)
 
 
 def test_static_steps_are_the_calibrated_ones() -> None:

@@ -27,19 +27,25 @@ static inline __m512i larger(__m512i most, __m512 value) {
   return _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff)));
 }
 
-static inline float step_of(__m512i most) {
+static inline float step_within(__m512i most, float codes) {
   const int32_t bits = _mm512_reduce_max_epi32(most);
   float amax;
   memcpy(&amax, &bits, 4);
   if (!(amax < INFINITY)) return NAN;
-  const float step = amax / 127.0f;
+  const float step = amax / codes;
   return step > 1.17549435e-38f ? step : 1.17549435e-38f;
+}
+
+static inline float step_of(__m512i most) { return step_within(most, 127.0f); }
+
+/* Whole numbers -128..127, what lies outside at the ends, as 128 + each. */
+static inline void store_offset(uint8_t *to, __m512i code) {
+  _mm_storeu_si128((__m128i *)to, _mm512_cvtusepi32_epi8(_mm512_max_epi32(_mm512_setzero_si512(), _mm512_add_epi32(code, _mm512_set1_epi32(128)))));
 }
 
 /* Code 128 + round(value / step), as uint8. */
 static inline void store_code(uint8_t *to, __m512 value, __m512 inverse) {
-  __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse)); /* rounds half to even */
-  _mm_storeu_si128((__m128i *)to, _mm512_cvtusepi32_epi8(_mm512_max_epi32(_mm512_setzero_si512(), _mm512_add_epi32(code, _mm512_set1_epi32(128)))));
+  store_offset(to, _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse))); /* rounds half to even */
 }
 
 static inline __m512 gelu_tanh(__m512 x) {
@@ -71,6 +77,36 @@ void ispa_quantise(const void *x, int wide, int64_t rows, int64_t columns, int64
   if (by) FOR_ROWS quantise_row(x, row * stride, columns, wide, by, codes + row * columns, scale + row);
   else if (wide) FOR_ROWS quantise_row(x, row * stride, columns, 1, NULL, codes + row * columns, scale + row);
   else FOR_ROWS quantise_row(x, row * stride, columns, 0, NULL, codes + row * columns, scale + row);
+}
+
+/* As `ispa_quantise` in 16 bits: a row of codes is `columns` high ones and then `columns` low ones, high * 256 + low. */
+void ispa_quantise_wide(const void *x, int wide, int64_t rows, int64_t columns, int64_t stride, const float *by, uint8_t *codes, float *scale) {
+  FOR_ROWS {
+    uint8_t *high = codes + 2 * row * columns, *low = high + columns;
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t c = 0; c < columns; c += 16) most = larger(most, smoothed(x, row * stride, c, wide, by));
+    scale[row] = step_within(most, 32639.0f);
+    const __m512 inverse = _mm512_set1_ps(1.0f / scale[row]);
+    for (int64_t c = 0; c < columns; c += 16) {
+      const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(smoothed(x, row * stride, c, wide, by), inverse));
+      const __m512i above = _mm512_srai_epi32(_mm512_add_epi32(code, _mm512_set1_epi32(128)), 8);
+      store_offset(high + c, above);
+      store_offset(low + c, _mm512_sub_epi32(code, _mm512_slli_epi32(above, 8)));
+    }
+  }
+}
+
+/* y = (256 * x[2 row] + x[2 row + 1]) * scale + bias: the products of the high and the low codes of each row */
+void ispa_join_wide(const float *x, const float *scale, const float *bias, void *y, int wide_out, int64_t rows, int64_t columns) {
+  FOR_ROWS {
+    const float *high = x + 2 * row * columns, *low = high + columns;
+    const __m512 factor = _mm512_set1_ps(scale[row]);
+    for (int64_t c = 0; c < columns; c += 16) {
+      const __m512 sum = _mm512_fmadd_ps(_mm512_loadu_ps(high + c), _mm512_set1_ps(256.0f), _mm512_loadu_ps(low + c));
+      const __m512 value = _mm512_mul_ps(sum, factor);
+      store(y, row * columns + c, bias ? _mm512_add_ps(value, _mm512_loadu_ps(bias + c)) : value, wide_out);
+    }
+  }
 }
 
 static inline __m512 rescaled(const void *x, int64_t at, int wide, __m512 factor, const float *bias, int64_t column) {

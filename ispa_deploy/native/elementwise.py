@@ -6,6 +6,7 @@ Each is one pass over memory where PyTorch takes two to six. All of them expect 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -146,14 +147,32 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 def quantise(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(M, K) bfloat16 or float32, times `by` (K,) float32 -> uint8 codes (M, K), zero point 128, and float32 scales
     (M, 1): the bits of `quant.primitives.quantise_rows`."""
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    return codes, _quantised(_native().ispa_quantise, x, by, codes)
+
+
+def quantise_wide(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same in 16 bits: uint8 codes (M, 2 K) of `quant.primitives.quantise_wide_rows`, bit for bit, and scales."""
+    codes = torch.empty(len(x), 2 * x.shape[1], dtype=torch.uint8)
+    return codes, _quantised(_native().ispa_quantise_wide, x, by, codes)
+
+
+def _quantised(into: Callable[..., None], x: Tensor, by: Tensor | None, codes: Tensor) -> Tensor:
+    """Fill the codes; the scales (M, 1)."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, columns = x.shape
-    codes, scale = torch.empty(rows, columns, dtype=torch.uint8), torch.empty(rows, 1)
-    wide = _INT(x.dtype == torch.float32)
+    scale, wide = torch.empty(rows, 1), _INT(x.dtype == torch.float32)
     by = None if by is None else by.contiguous()
     sizes = map(_LONG, (rows, columns, x.stride(0)))
-    _native().ispa_quantise(_at(x), wide, *sizes, _at(by), _at(codes), _at(scale))
-    return codes, scale
+    into(_at(x), wide, *sizes, _at(by), _at(codes), _at(scale))
+    return scale
+
+
+def join_wide(product: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Products (2 M, N) float32 of high and low codes in turns, scales (M, 1), bias (N,) float32 -> into y (M, N)."""
+    rows, columns = y.shape
+    wide, sizes = _INT(y.dtype == torch.float32), map(_LONG, (rows, columns))
+    _native().ispa_join_wide(_at(product), _at(scale), _at(bias), _at(y), wide, *sizes)
 
 
 def rescale(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gelu: bool = False) -> Tensor:

@@ -36,6 +36,7 @@ from ispa_deploy.evaluate.aggregate import bootstrap, mean
 from ispa_deploy.evaluate.variants import Pair, demo_pairs
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions, open_stream
+from ispa_deploy.precision import BITS
 from ispa_deploy.profile.environment import environment
 from ispa_deploy.profile.files import write_json
 from quant import SCHEMES, assert_ran
@@ -51,18 +52,19 @@ _COSTS = ("flicker",)
 _SHOWN = ("background_psnr", "flicker", "present", "shape", "shape_iou", "speed")
 
 
-def videos(model: CausalWanDiT, pairs: list[Pair], frames: int, seed: int) -> Tensor:
+def videos(model: CausalWanDiT, pairs: list[Pair], options: StreamOptions) -> Tensor:
     """(B, F, 3, 40, 40): one stream of all pairs at once."""
     rows = torch.cat([embed(parse_prompt(pair.prompt)[None]) for pair in pairs])
-    stream = open_stream(model, rows, StreamOptions(frames=frames, policy="full", seed=seed))
+    stream = open_stream(model, rows, options)
     latents = torch.cat([chunk.latents for chunk in stream], 1)
     return torch.stack([BlockCodec().decode(one) for one in latents])
 
 
-def report(model: CausalWanDiT, pairs: list[Pair], frames: int) -> Rows:
+def report(model: CausalWanDiT, pairs: list[Pair], frames: int, bits: int) -> Rows:
     """Every pair's metrics: of all frames after the warm-up, and under `late_` of the last fifth."""
     rows, late = [], frames - frames // 5
-    for pair, pixels in zip(pairs, videos(model, pairs, frames, pairs[0].seed), strict=True):
+    options = StreamOptions(frames=frames, policy="full", seed=pairs[0].seed, last_pass_bits=bits)
+    for pair, pixels in zip(pairs, videos(model, pairs, options), strict=True):
         attributes = parse_prompt(pair.prompt)
         whole = scene_report(pixels[WARMUP:], attributes, pixels[:WARMUP])
         end = scene_report(pixels[late:], attributes, pixels[:WARMUP])
@@ -91,7 +93,7 @@ class Arm:
             return list(found["rows"])
         if self.model is None:
             self.model = self.make()
-        rows = report(self.model, pairs, frames)
+        rows = report(self.model, pairs, frames, self.settings.get("last_pass_bits", BITS[0]))
         if self.name != FULL:
             assert_ran(self.model)
         if kept:
@@ -145,7 +147,7 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="as in `quantize`")
     parser.add_argument("--smooth", choices=MODES, default="none", help="as in `quantize`")
     parser.add_argument("--keep-sensitive", type=float, default=0.0, metavar="SHARE", help="as in `quantize`")
-    parser.add_argument("--wide-sensitive", type=float, default=0.0, metavar="SHARE", help="as in `quantize`")
+    parser.add_argument("--last-pass-bits", type=int, choices=BITS, default=16, help="as in `run`")
     parser.add_argument(
         "--parts", type=Path, metavar="FOLDER", help="keep each batch's metrics there, take what is there"
     )
@@ -156,14 +158,10 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
 def arms_of(arguments: argparse.Namespace) -> tuple[Arm, Arm]:
     """In floating point, and in 8 bits as asked."""
     common = {"pairs": arguments.pairs, "threads": 1, "torch": torch.__version__}
-    recipe = {name: getattr(arguments, name) for name in ("scheme", "skip", "smooth", "keep_sensitive")}
+    asked_for = ("scheme", "skip", "smooth", "keep_sensitive", "last_pass_bits")
+    recipe = {name: getattr(arguments, name) for name in asked_for}
     slug = re.sub(r"[^\w.]+", "-", "-".join(str(value) for value in recipe.values() if value))
-    if arguments.wide_sensitive:
-        recipe["wide_sensitive"] = arguments.wide_sensitive
-        slug += f"-wide-{arguments.wide_sensitive}"
-    asked = Activations(
-        smooth=arguments.smooth, keep_sensitive=arguments.keep_sensitive, wide_sensitive=arguments.wide_sensitive
-    )
+    asked = Activations(smooth=arguments.smooth, keep_sensitive=arguments.keep_sensitive)
     return (
         Arm(FULL, common, lambda: load_source("demo", dtype=torch.float32)[0], arguments.parts),
         Arm(
@@ -193,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         "skip": arguments.skip,
         "smooth": arguments.smooth,
         "keep_sensitive": arguments.keep_sensitive,
-        "wide_sensitive": arguments.wide_sensitive,
+        "last_pass_bits": arguments.last_pass_bits,
         "chunks": arguments.chunks,
         "pairs": len(pairs),
         "margin": MARGIN,
