@@ -22,6 +22,7 @@ from ispa_deploy.flag_groups import (
     DeviceOpt,
     DtypeOpt,
     JsonOpt,
+    LastPassOpt,
     Sections,
     SeedOpt,
     StatsOpt,
@@ -197,6 +198,7 @@ def profile(
     allow_fallback: Annotated[
         bool, typer.Option("--allow-fallback", help="Measure a scheme that is simulated here; do not fail.")
     ] = False,
+    last_pass_bits: LastPassOpt = 16,
     device: DeviceOpt = "auto",
     dtype: DtypeOpt = "auto",
     threads: ThreadsOpt = None,
@@ -213,8 +215,9 @@ def profile(
     from export.profiling import Compared
 
     asked = Compared(
-        rounds=rounds, ratio=ratio, recent=recent_frames, also=tuple(also or ()), allow_fallback=allow_fallback
-    )
+        rounds=rounds, ratio=ratio, recent=recent_frames, also=tuple(also or ()), allow_fallback=allow_fallback,
+        last_pass_bits=last_pass_bits,
+    )  # fmt: skip
     asked.check()
     begun = time.perf_counter()
     machine = MachineFlags(
@@ -370,12 +373,8 @@ def demo(
     check_options(SPECS["demo"], options)
     parse_prompt(prompt)
     make_folder(out)
-    say("1/3  quantise the embedded model; what feels its 8 bits most gets activations in 16")
-    from export.calibrate import Activations
-
-    # The recipe whose streams stay within the margin over 100 chunks (docs/guide.md): seconds here, no bytes.
-    asked = Activations(wide_sensitive=0.2)
-    quantised = _quantise("demo", out / "bundle", "w8a8-int8", overwrite=True, activations=asked)
+    say("1/3  quantise the embedded model")
+    quantised = _quantise("demo", out / "bundle", "w8a8-int8", overwrite=True)
     machine = MachineFlags(allow_fallback=True, device="cpu", threads=threads)
     opened = _open(out / "bundle", machine)
     say(f'2/3  stream "{prompt}" twice: full cache, then ISPA')
@@ -412,8 +411,7 @@ def _activations(asked: CalibrationFlags, seed: int, device: str) -> Activations
     reader = None if asked.text_encoder is None else reader_of(asked.text_encoder, asked.tokenizer, place)
     return Activations(
         prompts=asked.calibrate, frames=asked.calibrate_frames, seed=seed, device=place, smooth=asked.smooth,
-        alpha=asked.smooth_alpha, keep_sensitive=asked.keep_sensitive, wide_sensitive=asked.wide_sensitive,
-        reader=reader, report=asked.report,
+        alpha=asked.smooth_alpha, keep_sensitive=asked.keep_sensitive, reader=reader, report=asked.report,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from export.manifest import Source
 from export.prompts import read_prompts, text_rows
 from export.sensitivity import PROMPTS as SENSITIVITY_PROMPTS
-from export.sensitivity import Sensitivity, check_shares, sensitivity
+from export.sensitivity import Sensitivity, check_share, sensitivity
 from export.sources import Say
 from ispa_deploy.errors import InputError, RunError
 from ispa_deploy.evaluate.passes import TEXT, Pass, ToldStream
@@ -27,7 +27,6 @@ from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions, open_stream
 from ispa_deploy.specs import ModelSpec
 from quant.convert import kept
-from quant.plan import Plan
 from quant.ranges import Observer, Seen
 from quant.schemes import Scheme
 from quant.smooth import ALPHA, NOTHING, Smoothing, check_smoothing, columns, smoothing
@@ -45,8 +44,7 @@ class Activations:
     `prompts`: a text file of prompts, or safetensors with `prompt_embeds`; None: the model's own, where it has some,
     and only if needed. `frames` None: two windows. `reader`: a text encoder, for models that need one. `smooth` and
     `alpha`: see `quant.smooth.smoothing`. `keep_sensitive`: share of the weights that stay in floating point, those of
-    the linears whose 8 bits the output feels most; `wide_sensitive`: instead, of those in 8 bits with activations in
-    16. `report`: measure the written bundle against the original.
+    the linears whose 8 bits the output feels most. `report`: measure the written bundle against the original.
     """
 
     prompts: Path | None = None
@@ -57,23 +55,17 @@ class Activations:
     smooth: str = "none"
     alpha: float = ALPHA
     keep_sensitive: float = 0.0
-    wide_sensitive: float = 0.0
     report: bool = False
 
     def needed_for(self, scheme: Scheme) -> bool:
         """Whether a conversion to `scheme` calibrates: it was asked to, or cannot do without."""
-        asked = self.prompts is not None or self.smooth != "none" or self.spared_share > 0
+        asked = self.prompts is not None or self.smooth != "none" or self.keep_sensitive > 0
         return asked or scheme.layer == "int8-static"
-
-    @property
-    def spared_share(self) -> float:
-        """Of the weights, those of linears that are spared 8 bits or 8-bit activations."""
-        return self.keep_sensitive or self.wide_sensitive
 
     def check(self, scheme: Scheme) -> None:
         """InputError for what can be told to be wrong before minutes of work: files, numbers, idle flags."""
         check_smoothing(self.smooth, self.alpha)
-        check_shares(self.keep_sensitive, self.wide_sensitive, scheme)
+        check_share(self.keep_sensitive)
         if self.prompts is not None and self.prompts.suffix != ".safetensors":
             read_prompts(self.prompts)
         idle = [flag for flag, given in (("--calibrate-frames", self.frames), ("--text-encoder", self.reader)) if given]
@@ -91,26 +83,14 @@ class Known:
     """What calibration tells a conversion; nothing where there was none.
 
     `samples`: rows of each linear's input, before smoothing. `keep`: regular expressions of linears that are better
-    left in floating point. `wide`: linears whose activations are better in 16 bits. `document`: see
-    `Calibration.to_dict`.
+    left in floating point. `document`: see `Calibration.to_dict`.
     """
 
     ranges: Mapping[str, float] = field(default_factory=dict)
     smooth: Smoothing = NOTHING
     samples: Mapping[str, Tensor] = field(default_factory=dict)
     keep: tuple[str, ...] = ()
-    wide: tuple[str, ...] = ()
     document: dict[str, Any] | None = None
-
-    def planned(self, plan: Plan | None, model: nn.Module, scheme: Scheme, skip: Sequence[str]) -> Plan | None:
-        """`plan`, or one that is not measured, with what is wide; needs no weights of the model."""
-        if not self.wide:
-            return plan
-        if plan is None:
-            eight = [name for name, reason in kept(model, scheme, skip).items() if reason is None]
-            shapes = {name: model.get_parameter(f"{name}.weight").shape for name in eight}
-            plan = Plan.of_one(scheme.name, {name: (shape[0], shape[1]) for name, shape in shapes.items()})
-        return plan.widened(self.wide, "the output feels its 8 bits")
 
 
 UNKNOWN = Known()
@@ -225,12 +205,12 @@ def learn(
     say(found.summary())
     document = found.to_dict()
     known = Known(found.ranges(), smooth, samples, document=document)
-    if not request.spared_share:
+    if not request.keep_sensitive:
         return known
     felt = _felt(model, scheme, source, found, request)
     say(felt.summary())
     document = document | {"sensitivity": felt.to_dict()}
-    return replace(known, keep=felt.patterns, wide=felt.chosen if felt.wide else (), document=document)
+    return replace(known, keep=felt.patterns, document=document)
 
 
 def _felt(model: CausalWanDiT, scheme: Scheme, source: Source, found: Calibration, request: Activations) -> Sensitivity:
@@ -242,8 +222,8 @@ def _felt(model: CausalWanDiT, scheme: Scheme, source: Source, found: Calibratio
     texts, _ = text_rows(model.spec, source.kind, request.prompts, request.reader)
     with _placed(model, request.device, torch.float32):
         return sensitivity(
-            model, scheme, found.ranges(), texts[:SENSITIVITY_PROMPTS], share=request.spared_share,
-            frames=found.frames, seed=request.seed + SENSITIVITY_SEED, wide=request.wide_sensitive > 0,
+            model, scheme, found.ranges(), texts[:SENSITIVITY_PROMPTS], share=request.keep_sensitive,
+            frames=found.frames, seed=request.seed + SENSITIVITY_SEED,
         )  # fmt: skip
 
 

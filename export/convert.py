@@ -73,7 +73,6 @@ def quantise_source(
         planned = plan_for(
             plan, network, network.spec, candidates or [scheme], skip=skip, activations=known.samples
         )  # fmt: skip
-        planned = known.planned(planned, network, scheme, skip)
         report = quantise_(network, scheme, skip=skip, plan=planned, ranges=known.ranges, smoothing=known.smooth)
         report = replace(report, calibration=known.document)
         folder = write_bundle(
@@ -118,7 +117,6 @@ def convert_checkpoint(
     planned = plan_for(
         plan, network, weights.spec, candidates or [scheme], skip=skip, activations=known.samples, read=weights.read
     )
-    planned = known.planned(planned, network, scheme, skip)
     reasons = kept(network, scheme, skip, planned)
     eight = {name for name, reason in reasons.items() if reason is None}
     known = replace(known, smooth=known.smooth.of_layers(eight))

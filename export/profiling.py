@@ -15,6 +15,7 @@ from ispa_deploy.errors import InputError, RunError, known_names
 from ispa_deploy.linear import Linear
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions
+from ispa_deploy.precision import check_bits
 from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
 from ispa_deploy.profile.lane import Opener
@@ -39,7 +40,7 @@ class Compared:
     `also`: each as `FORM` says, for example `absorb:1:3+w8a8-int8` or `sink-local`; `int8-attention` reads an int8
     cache, `int8-kv` decodes it; `compile` and `cuda-graphs` are recorded by their kernels' names and have no cold
     start. A requested scheme that did not run in 8 bits, or a launch that did not take, is a `RunError`;
-    `allow_fallback` makes it a warning in the report.
+    `allow_fallback` makes it a warning in the report. `last_pass_bits`: of all runs, see `StreamOptions`.
     """
 
     rounds: int = 7
@@ -47,11 +48,17 @@ class Compared:
     recent: int = 0
     also: Sequence[str] = ()
     allow_fallback: bool = False
+    last_pass_bits: int = 16
 
     def check(self) -> None:
         """InputError for a run that cannot be meant, before anything is loaded."""
+        check_bits(self.last_pass_bits)
         for text in self.also:
             _asked(text)
+
+    def applied(self, runs: Sequence[Configuration]) -> list[Configuration]:
+        """The runs with what is asked of all of them."""
+        return [replace(run, options=replace(run.options, last_pass_bits=self.last_pass_bits)) for run in runs]
 
 
 def configurations(
@@ -146,7 +153,7 @@ def profile_bundle(
         floating, eight = dequantised(bundle.model), bundle.model
     runs = configurations(floating, eight, scheme, ratio=asked.ratio, recent=asked.recent)
     report = compare(
-        [*runs, *further(asked.also, floating, eight, scheme)],
+        asked.applied([*runs, *further(asked.also, floating, eight, scheme)]),
         rounds=asked.rounds,
         pixel_frames=bundle.spec.temporal_stride,
         decoder=bundle.decoder(),
@@ -177,7 +184,7 @@ def profile_geometry(
     eight = copy.deepcopy(model)
     quantise_(eight, chosen)
     runs = configurations(model, eight, chosen.name, ratio=asked.ratio, recent=asked.recent)
-    runs += further(asked.also, model, eight, chosen.name)
+    runs = asked.applied([*runs, *further(asked.also, model, eight, chosen.name)])
     report = compare(
         runs if model.spec.layers == spec.layers else whole(runs),
         rounds=asked.rounds,

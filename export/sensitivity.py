@@ -21,8 +21,8 @@ from ispa_deploy.evaluate.onestep import Distance
 from ispa_deploy.evaluate.passes import Pass, ToldStream
 from ispa_deploy.model import CausalWanDiT, Conditioning
 from ispa_deploy.options import StreamOptions, open_stream
+from ispa_deploy.precision import last_pass_layers
 from quant.convert import make_layer
-from quant.plan import WIDENED
 from quant.ranges import Observer
 from quant.schemes import Scheme
 
@@ -33,45 +33,37 @@ PROMPTS = 4
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
     """`errors`: by linear the energy of the velocity's error, as a share of the velocity's own, when it alone runs in 8
-    bits. `chosen`: the linears that are spared, at most `share` of the weights: kept in floating point, or `wide`, in
-    8 bits with activations in 16."""
+    bits. `chosen`: the linears that are better kept in floating point, at most `share` of the weights."""
 
     share: float
     errors: Mapping[str, float]
     chosen: tuple[str, ...]
-    wide: bool = False
 
     @property
     def patterns(self) -> tuple[str, ...]:
         """The linears that are kept, as regular expressions that match nothing else."""
-        return () if self.wide else tuple(f"^{re.escape(name)}$" for name in self.chosen)
+        return tuple(f"^{re.escape(name)}$" for name in self.chosen)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: relative L2 error by linear, worst first."""
         ranked = sorted(self.errors.items(), key=lambda row: -row[1])
         errors = {name: float(f"{energy**0.5:.4g}") for name, energy in ranked}
-        return {"share": self.share, "relative_l2": errors, "wide" if self.wide else "kept": list(self.chosen)}
+        return {"share": self.share, "relative_l2": errors, "kept": list(self.chosen)}
 
     def summary(self) -> str:
-        """One line: how many are spared and what they had of the error."""
+        """One line: how many are kept and what they had of the error."""
         whole = max(sum(self.errors.values()), torch.finfo(torch.float64).tiny)
         part = sum(self.errors[name] for name in self.chosen)
-        how = "activations in 16 bits" if self.wide else "kept in floating point"
         return (
-            f"{how}: {len(self.chosen)} of {len(self.errors)} linears, at most {self.share:.0%} of the "
-            f"weights, with {part / whole:.0%} of what 8 bits add to the output in a last denoising pass"
+            f"kept in floating point: {len(self.chosen)} of {len(self.errors)} linears, at most {self.share:.0%} of "
+            f"the weights, with {part / whole:.0%} of what 8 bits add to the output in a last denoising pass"
         )
 
 
-def check_shares(keep: float, wide: float, scheme: Scheme) -> None:
-    """InputError unless both are shares, at most one of them above 0, and `scheme` has a wide form if that is asked."""
-    for flag, share in (("--keep-sensitive", keep), ("--wide-sensitive", wide)):
-        if not 0 <= share < 1:
-            raise InputError(f"{flag} {share}: expected a share of the weights, 0 (none) to below 1, such as 0.1")
-    if keep and wide:
-        raise InputError(f"--keep-sensitive {keep} with --wide-sensitive {wide}: expected one of them; leave one out")
-    if wide and scheme.name != WIDENED:
-        raise InputError(f"--wide-sensitive {wide} with scheme {scheme.name}: expected {WIDENED}")
+def check_share(keep: float) -> None:
+    """InputError unless it is a share."""
+    if not 0 <= keep < 1:
+        raise InputError(f"--keep-sensitive {keep}: expected a share of the weights, 0 (none) to below 1, such as 0.1")
 
 
 def most_sensitive(errors: Mapping[str, float], sizes: Mapping[str, int], share: float) -> tuple[str, ...]:
@@ -94,19 +86,19 @@ def sensitivity(
     share: float,
     frames: int,
     seed: int = 0,
-    wide: bool = False,
 ) -> Sensitivity:
     """Try every linear in `ranges` (largest magnitude of its input, by name) in `scheme`, on `texts` (1, L, text_dim).
 
     A pass of the whole model for each linear and prompt, in the last denoising pass of a stream of `frames`. The
-    streams are the model's own, bit for bit, and it is left as it was. `wide`: see `Sensitivity`.
+    streams are the model's own, bit for bit, and it is left as it was. Linears of the last layers have activations of
+    16 bits there, as a stream runs them.
     """
     trials = _Trials(model, scheme, ranges)
     for index, rows in enumerate(texts):
         trials.run(rows.to(model.device), StreamOptions(frames=frames, seed=seed + index, policy="full"))
     errors = {name: distance.relative_l2**2 for name, distance in trials.distances.items()}
     sizes = {name: linear.weight.numel() for name, linear in trials.linears.items()}
-    return Sensitivity(share, errors, most_sensitive(errors, sizes, share), wide)
+    return Sensitivity(share, errors, most_sensitive(errors, sizes, share))
 
 
 class _Trials:
@@ -114,6 +106,7 @@ class _Trials:
 
     def __init__(self, model: CausalWanDiT, scheme: Scheme, ranges: Mapping[str, float]) -> None:
         self._model, self._scheme, self._ranges = model, scheme, ranges
+        self._fine = tuple(f"blocks.{index}." for index in last_pass_layers(len(model.layers())))
         self.linears: dict[str, nn.Linear] = {}
         for name in ranges:
             linear = model.get_submodule(name)
@@ -150,6 +143,7 @@ class _Trials:
         linear = self.linears[name]
         layer = make_layer(linear, self._scheme, f"{name}.weight", self._ranges[name])
         layer.allow_fallback = True
+        layer.set_wide(name.startswith(self._fine))
         parent, _, leaf = name.rpartition(".")
         owner = self._model.get_submodule(parent)
         setattr(owner, leaf, layer)

@@ -1,4 +1,5 @@
-"""`torch.compile` of what lies between the attentions of a layer: three small graphs for all layers of a model.
+"""`torch.compile` of what lies between the attentions of a layer: three small graphs for all layers of a model, and
+three more where some take activations of 16 bits in a chunk's last pass.
 
 Nothing that changes during a stream is inside them. Windows fill in the caches, corrections are carried by the
 self-attention's `o`, a prompt switch brings other text of the same shape, and passes over another number of frames or
@@ -38,7 +39,7 @@ class CompiledStages:
             name: torch.compile(getattr(Block, name), fullgraph=True, dynamic=False, backend=backend)
             for name in ("before", "between", "after")
         }
-        self._warm: set[str] = set()
+        self._warm: set[tuple[str, bool]] = set()
 
     def takes(self, x: Tensor) -> bool:
         """Whether a pass over x (B, F, T, C) runs compiled: the frames of a chunk, and nobody looks inside."""
@@ -59,11 +60,13 @@ class CompiledStages:
     def _run(self, name: str, *arguments: Any) -> Any:
         if self.failure:
             return getattr(Block, name)(*arguments)
-        if name in self._warm:
+        # Linears with activations of 16 bits are another graph of the same stage.
+        form = (name, getattr(arguments[0].ffn[0], "wide", False))
+        if form in self._warm:
             return self._stages[name](*arguments)
-        return self._first(name, self._stages[name], *arguments)
+        return self._first(form, self._stages[name], *arguments)
 
-    def _first(self, name: str, stage: Callable[..., Any], *arguments: Any) -> Any:
+    def _first(self, form: tuple[str, bool], stage: Callable[..., Any], *arguments: Any) -> Any:
         started = time.perf_counter()
         try:
             out = stage(*arguments)
@@ -72,8 +75,8 @@ class CompiledStages:
         except Exception as error:  # no compiler, no headers, a graph it cannot take: each raises its own
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             self.failure = " ".join([f"{type(error).__name__}:", *lines[:2]])
-            return getattr(Block, name)(*arguments)
-        self._warm.add(name)
+            return getattr(Block, form[0])(*arguments)
+        self._warm.add(form)
         self.cold_start += time.perf_counter() - started
         return out
 

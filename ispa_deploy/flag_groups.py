@@ -28,6 +28,9 @@ StatsOpt = Annotated[
 SeedOpt = Annotated[int, typer.Option(min=-MAX_SEED, max=MAX_SEED, help="Same seed, same video, on one device.")]
 DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOpt = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32: what is not quantised runs in it.")]
+LastPassOpt = Annotated[
+    int, typer.Option(help="Bits of 8-bit linears' activations in a chunk's last pass, last third of layers: 16 or 8.")
+]
 ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice.")]
 TuneOpt = Annotated[bool, typer.Option(help="On glibc, keep freed memory for reuse: faster, larger resident set.")]
 

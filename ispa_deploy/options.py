@@ -58,8 +58,8 @@ class StreamOptions:
     Speech to video only: `rope_table`: `exact`, or `fp16` as upstream rounds it; `online_reference`: the first
     generated frame takes the reference's place after the first clip, as upstream's online decoding does; `per_step`:
     a correction for each denoising step, and not one for all of them.
-    `last_pass_bits`: 16: in the last denoising pass of a chunk the last third of the layers takes activations of 16 bits
-    where its linears have 8; see `ispa_deploy.precision`.
+    `last_pass_bits` 16: in the last denoising pass of a chunk the 8-bit linears of the last third of the layers take
+    activations of 16 bits; see `ispa_deploy.precision`.
     `offload`: caches that are idle, its rings of other denoising steps, lie in host memory.
     `height` and `width` in pixels; `interpolate`: chunks from one prompt to the next. Of a model that encodes its past
     anew before every chunk: `kv_frames` (its context), `kv_bias` in (0, 1] (the weight of keys between the context's

@@ -62,9 +62,6 @@ class CalibrationFlags:
     keep_sensitive: Annotated[
         float, typer.Option(help="Share of the weights to keep in floating point, where 8 bits harm the output most.")
     ] = 0.0
-    wide_sensitive: Annotated[
-        float, typer.Option(help="The same, but in 8 bits with 16-bit activations: no more bytes, twice the products.")
-    ] = 0.0
     report: Annotated[
         bool, typer.Option("--report", help="Measure the bundle against the original, one step at a time.")
     ] = False

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ispa_deploy.flag_groups import DeviceOpt, DtypeOpt, SeedOpt, ThreadsOpt, TuneOpt
+from ispa_deploy.flag_groups import DeviceOpt, DtypeOpt, LastPassOpt, SeedOpt, ThreadsOpt, TuneOpt
 from ispa_deploy.flags import device_of, integers_of, rank_of, ridge_of
 
 if TYPE_CHECKING:
@@ -132,6 +132,13 @@ class CacheFlags:
 
 
 @dataclass(frozen=True)
+class PrecisionFlags:
+    """8-bit linears."""
+
+    last_pass_bits: LastPassOpt = 16
+
+
+@dataclass(frozen=True)
 class KreaFlags:
     """Krea."""
 
@@ -162,7 +169,7 @@ class SpeechFlags:
 
 
 @dataclass(frozen=True)
-class StreamFlags(SpeechFlags, KreaFlags, CacheFlags, AbsorptionFlags, VideoFlags):
+class StreamFlags(SpeechFlags, KreaFlags, PrecisionFlags, CacheFlags, AbsorptionFlags, VideoFlags):
     """How the model streams; the last base's flags come first. Each field is one of `StreamOptions`."""
 
     def options(self) -> StreamOptions:

@@ -18,19 +18,21 @@ _DTYPES = {torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn"}
 def audit(model: nn.Module, reasons: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """One row per linear, in the model's order.
 
-    `name`, `kernel`, `dtype` of the weight, `delta_mode`; `calls` of the 8-bit kernel itself and `float_calls` of a
-    delta folded into floating point, None for a layer in floating point, which keeps no count; `why` it is that,
-    from `reasons` by name (a bundle's manifest has them), None for a quantised one.
+    `name`, `kernel`, `dtype` of the weight, `delta_mode`; `calls` of the 8-bit kernel itself, `wide_calls` of them with
+    activations of 16 bits, and `float_calls` of a delta folded into floating point, None for a layer in floating point,
+    which keeps no count; `why` it is that, from `reasons` by name (a bundle's manifest has them), None for a quantised
+    one.
     """
     rows: list[dict[str, Any]] = []
     for name, module in model.named_modules():
         row: dict[str, Any] = {"name": name}
         if isinstance(module, QuantisedLinear):
-            row.update(kernel=module.kernel_name, calls=module.calls, float_calls=module.float_calls, why=None)
-            row["dtype"] = _DTYPES[module.code_dtype]
+            row.update(kernel=module.kernel_name, calls=module.calls, wide_calls=module.wide_calls)
+            row.update(float_calls=module.float_calls, why=None, dtype=_DTYPES[module.code_dtype])
         elif isinstance(module, nn.Linear):
             row["dtype"] = str(module.weight.dtype).removeprefix("torch.")
-            row.update(kernel=f"float {row['dtype']}", calls=None, float_calls=None, why=(reasons or {}).get(name))
+            row.update(kernel=f"float {row['dtype']}", calls=None, wide_calls=None, float_calls=None)
+            row["why"] = (reasons or {}).get(name)
         else:
             continue
         rows.append({**row, "delta_mode": getattr(module, "delta_mode", None)})

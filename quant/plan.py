@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Container, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ from quant.schemes import SCHEMES
 
 VERSION = 1
 FLOAT = "none"
-# The scheme that a wide one can take the place of, on the same codes, and that one.
-WIDENED, WIDE = "w8a8-int8", "w8a16-int8"
 # Far above any real plan; keeps a hostile file from filling the memory.
 _MAX_BYTES = 64 << 20
 
@@ -71,22 +69,6 @@ class Plan:
                 "--plan auto"
             )
         return found
-
-    @staticmethod
-    def of_one(scheme: str, shapes: Mapping[str, tuple[int, int]]) -> Plan:
-        """The same scheme for all linears (N, K) of `shapes`, nothing measured."""
-        layers = tuple(PlannedLayer(name, shape, 0, scheme, {}, "asked for") for name, shape in shapes.items())
-        return Plan(device="", threads=0, dtype="", budget=0.0, timings=(), layers=layers)
-
-    def widened(self, names: Container[str], why: str) -> Plan:
-        """The plan with activations of 16 bits for those of `names` that it has in int8."""
-        return replace(
-            self,
-            layers=tuple(
-                replace(row, scheme=WIDE, why=why) if row.name in names and row.scheme == WIDENED else row
-                for row in self.layers
-            ),
-        )
 
     def summary(self) -> str:
         """One line: how many layers got which scheme, where and in which budget if that was measured."""

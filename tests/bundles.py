@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from export import Source, write_bundle
 from export.bundle import stand_in_rows
-from export.calibrate import Known
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions, open_stream
 from quant.convert import quantise_
+from quant.plan import Plan, PlannedLayer
 from quant.schemes import SCHEMES
 from tests.tiny import SPEC, tiny_model
 
@@ -32,10 +32,19 @@ def tiny_bundle(
         if name.endswith("bias"):
             tensor.normal_(0, 0.1)
     model.to(dtype)
-    plan = Known(wide=wide).planned(None, model, SCHEMES[scheme], ())
-    report = quantise_(model, SCHEMES[scheme], plan=plan)
+    report = quantise_(model, SCHEMES[scheme], plan=_widening(model, scheme, wide) if wide else None)
     source = Source("random", "tiny, seed 0")
     return write_bundle(folder, model, scheme=SCHEMES[scheme], report=report, source=source)
+
+
+def _widening(model: CausalWanDiT, scheme: str, wide: tuple[str, ...]) -> Plan:
+    """`scheme` for all linears of the blocks but those in `wide`."""
+    layers = []
+    for name, module in model.blocks.named_modules(prefix="blocks"):
+        if isinstance(module, nn.Linear):
+            chosen = "w8a16-int8" if name in wide else scheme
+            layers.append(PlannedLayer(name, (module.out_features, module.in_features), 0, chosen, {}, "asked for"))
+    return Plan(device="", threads=0, dtype="", budget=0.0, timings=(), layers=tuple(layers))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -222,9 +222,6 @@ def test_the_demo_command_says_one_document(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(cli, "_profile", lambda *_: {"reports": []})
     document = command("demo", "-o", tmp_path / "new" / "out", "--frames", 3, "--json", "--threads", 1).document
     assert [run["absorption"]["policy"] for run in document["runs"].values()] == ["full", "absorb"]
-    planned = {row["name"] for row in document["quantize"]["plan"]["layers"] if row["scheme"] == "w8a16-int8"}
-    assert planned, "the recipe of least flicker is what is shown"
-    assert set(document["quantize"]["calibration"]["sensitivity"]["wide"]) == planned
     made = set(files(tmp_path / "new" / "out"))
     assert {"full.mp4", "full.png", "absorb.mp4", "absorb.png", "demo.json", "report.json", "report.md"} <= made
     (tmp_path / "file").write_text("")

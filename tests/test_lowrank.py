@@ -170,9 +170,9 @@ def test_a_stream_of_low_rank_reports_its_price() -> None:
 # -- fitted on codes
 
 
-def rounded(rows: Tensor) -> Tensor:
-    """Q(a): eight bits, one scale per row."""
-    scale = rows.abs().amax(1, keepdim=True).float() / 127
+def rounded(rows: Tensor, wide: bool = False) -> Tensor:
+    """Q(a): 8 bits or, if `wide`, 16, one scale per row."""
+    scale = rows.abs().amax(1, keepdim=True).float() / (32639 if wide else 127)
     return (rows.float() / scale).round().double() * scale.double()
 
 
@@ -184,18 +184,18 @@ def test_the_fit_is_least_squares_on_what_the_layer_multiplies(aware: bool) -> N
     stream = tiny_stream(
         model, preset="paper", frames=12, stats_double=True, ridge_absolute=1.0, ratio=1.0, quantisation_aware=aware
     )
-    seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
     listen = stream.absorber._observe
 
     def observe(layer: int, local: Tensor, full: Tensor) -> None:
-        seen.setdefault(layer, []).append((local[0].flatten(1).double(), full[0].flatten(1).double()))
+        rows, codes = local[0].flatten(1).double(), rounded(local[0].flatten(1), model.blocks[layer].self_attn.o.wide)
+        seen.setdefault(layer, []).append((rows, full[0].flatten(1).double(), codes))
         listen(layer, local, full)
 
     stream.absorber._observe = observe  # type: ignore[method-assign]
     latents_of(stream)
     for layer, rows in seen.items():
-        local, full = (torch.cat(parts) for parts in zip(*rows, strict=True))
-        codes = rounded(local)
+        local, full, codes = (torch.cat(parts) for parts in zip(*rows, strict=True))
         weight = model.blocks[layer].self_attn.o.reference_weight().double()
         taken = codes if aware else local
         want, _ = dense_ridge(taken, (full - taken) @ weight.T, 1.0)

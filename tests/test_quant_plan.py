@@ -240,16 +240,17 @@ def test_rows_of_a_call() -> None:
         assert call_rows(spec, name) == spec.chunk_frames * spec.frame_tokens
 
 
-def test_w8a8_is_what_a_race_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where both run the faster is taken; e4m3 is let through to the clock alone."""
+def test_w8a8_is_int8_where_it_runs_and_tells_what_both_take(monkeypatch: pytest.MonkeyPatch) -> None:
     scheme, line = resolve("w8a8", "cpu")
     assert scheme is INT8
     assert "w8a8-fp8 does not run here" in line
     monkeypatch.setattr("quant.kernels.runs", lambda family, device: True)
     monkeypatch.setattr(measure, "race", lambda schemes, device: {"w8a8-int8": 2.0, "w8a8-fp8": 1.0})
     scheme, line = resolve("w8a8", "cpu")
-    assert scheme is FP8
-    assert "w8a8 = w8a8-fp8 on cpu (measured: w8a8-int8 2.000 ms, w8a8-fp8 1.000 ms)" in line
+    assert scheme is INT8
+    assert "w8a8 = w8a8-int8 on cpu (the finer one; measured: w8a8-int8 2.000 ms, w8a8-fp8 1.000 ms)" in line
+    monkeypatch.setattr("quant.kernels.runs", lambda family, device: family == "fp8")
+    assert resolve("w8a8", "cpu")[0] is FP8
 
 
 def test_a_race_gives_times(monkeypatch: pytest.MonkeyPatch) -> None:

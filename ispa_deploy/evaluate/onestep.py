@@ -3,7 +3,8 @@
 Trajectories of an autoregressive model part chaotically, so errors are taken pass by pass: the original streams a
 prompt, and before each of its denoising passes the other model runs the same noisy latents on the same cache. What that
 wrote into the current chunk's slots the original overwrites a moment later, so the stream is the original's, bit for
-bit. Beside the whole model every replaced linear is run on the original's input of that linear.
+bit. Beside the whole model every replaced linear is run on the original's input of that linear. In the last denoising
+pass of a chunk the other model's linears have the activations that a stream gives them there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ispa_deploy.evaluate.passes import TEXT, Pass, ToldStream
 from ispa_deploy.model import CausalWanDiT, TextKV
 from ispa_deploy.options import StreamOptions, open_stream
+from ispa_deploy.precision import Widening, last_pass_linears, widened
 
 SCHEMA_VERSION = 1
 
@@ -111,6 +113,8 @@ class _Comparison:
         self._pass = TEXT
         self._expected: Tensor | None = None
         self._conditions: dict[float, Any] = {}
+        self._fine = last_pass_linears(self.other)
+        self._now: Sequence[Widening] = ()
 
     def run(self, rows: Tensor, frames: int, seed: int) -> None:
         """One prompt's stream of the original."""
@@ -120,6 +124,7 @@ class _Comparison:
         try:
             options = StreamOptions(frames=frames, seed=seed, policy="full")
             told = ToldStream.of(open_stream(self.original, rows, options), self._before)
+            self._passes = told.sampler.passes
             with torch.inference_mode():
                 self._text: TextKV = self.other.encode_text(rows)
             self._cache = told.cache
@@ -130,13 +135,16 @@ class _Comparison:
                 hook.remove()
 
     def _before(self, one: Pass, x: Tensor) -> None:
-        self._pass, self._expected = one, None
+        self._pass, self._expected, self._now = one, None, ()
         if one.clean:  # its output is never used, only the keys that it leaves
             return
         if one.timestep not in self._conditions:
             t = torch.full((1, 1), one.timestep, dtype=torch.float32, device=x.device)
             self._conditions[one.timestep] = self.other.condition(t)
-        self._expected = self.other(x, self._conditions[one.timestep], self._text, self._cache)
+        if one.step + 1 == self._passes(one.chunk):
+            self._now = self._fine
+        with widened(self._now):
+            self._expected = self.other(x, self._conditions[one.timestep], self._text, self._cache)
 
     def _flow(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if self._expected is not None:
@@ -144,9 +152,11 @@ class _Comparison:
 
     def _layer(self, name: str) -> Any:
         layer, table = self._pairs[name], self.layers[name]
+        fine: list[Any] = [one for one in self._fine if one is layer]
 
         def compare(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            table.add(self._pass, output, layer(args[0]))
+            with widened(fine if self._now else ()):
+                table.add(self._pass, output, layer(args[0]))
 
         return compare
 

@@ -238,7 +238,8 @@ def _kernels(audit: Sequence[dict[str, Any]]) -> dict[str, str]:
     found: dict[str, dict[str, list[str]]] = {}
     for row in audit:
         name = row.get("name", "all linear layers")
-        notes = (row["delta_mode"] and f"delta {row['delta_mode']}", row.get("why"))
+        wide = row.get("wide_calls") and "16-bit activations in last passes"
+        notes = (wide, row["delta_mode"] and f"delta {row['delta_mode']}", row.get("why"))
         kernel = ", ".join((row["kernel"], *(note for note in notes if note)))
         block = re.search(r"\.(\d+)\.", name)
         count = f"{row['layers']} layers" if "layers" in row else str(block[1]) if block else ""

@@ -194,8 +194,11 @@ def audit_grid(run: Run) -> Grid:
     counts: dict[tuple[str, str, str], list[int]] = {}
     for row in run["audit"]:
         key = (row["kernel"], row.get("dtype") or "-", row["delta_mode"] or "-")
-        entry = counts.setdefault(key, [0, 0])
+        entry = counts.setdefault(key, [0, 0, 0])
         entry[0] += row.get("layers", 1)
         entry[1] += row["calls"] or 0
-    head = ["kernel", "weights", "delta", "layers", "8-bit calls"]
-    return [head] + [[*key, str(layers), str(calls or "-")] for key, (layers, calls) in counts.items()]
+        entry[2] += row.get("wide_calls") or 0
+    head = ["kernel", "weights", "delta", "layers", "8-bit calls", "with 16-bit activations"]
+    return [head] + [
+        [*key, str(layers), str(calls or "-"), str(wide or "-")] for key, (layers, calls, wide) in counts.items()
+    ]

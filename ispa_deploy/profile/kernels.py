@@ -31,7 +31,7 @@ PATTERNS: tuple[tuple[str, str], ...] = (
     # A fused norm keeps its row with the codes it ends in, a fused GELU does not: as `ispa_deploy.regions` has it.
     ("overhead.norm", r"fused_\w*(layer_norm|rsqrt)\w*amax|fused_\w*amax\w*(layer_norm|rsqrt)"),
     ("linear.quantise", r"quanti[sz]e(?!.*(mm|gemm|linear))|_amax_.*int8|dynamic_quant|fused_\w*amax"),
-    ("linear.dequantise", r"dequant|scale_epilogue|ispa_rescale"),
+    ("linear.dequantise", r"dequant|scale_epilogue|ispa_rescale|join_wide"),
     ("overhead.solve", r"potrf|potrs|trsm|getrf|syevd|cusolver|cholesky|linalg|triangular_solve"),
     ("overhead.decode", r"conv\d?d|convolution|implicit_?gemm|wgrad|dgrad|winograd|upsample"),
     ("linear.gemm", r"gemm|gemv|nvjet|cutlass|cublas|xmma|addmm|_mm\b|::mm|::bmm|mm_kernel|triton_mm|tem_fused|"

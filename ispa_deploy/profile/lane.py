@@ -204,7 +204,7 @@ def _facts(lane: Lane) -> dict[str, Any]:
     }
 
 
-_COUNTS = ("calls", "float_calls")
+_COUNTS = ("calls", "wide_calls", "float_calls")
 
 
 def _audit(configuration: Configuration) -> list[dict[str, Any]]:
