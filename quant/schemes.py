@@ -65,8 +65,8 @@ _TABLE = (
 
 SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _TABLE}
 
-# What `w8a8` alone chooses from, and a plan may mix. The first that runs is taken: e4m3 rounds three times as coarsely as
-# int8, which shows as flicker (docs/log.md), so it is for those who ask for it.
+# What `w8a8` alone chooses from, and a plan may mix. The first that runs is taken: e4m3 rounds three times as coarsely
+# as int8, which shows as flicker (docs/log.md), so it is for those who ask for it.
 W8A8 = ("w8a8-int8", "w8a8-fp8")
 _DEVICES = ("cpu", "cuda")
 

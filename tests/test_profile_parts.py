@@ -80,6 +80,14 @@ def test_eight_bit_weights_move_less_and_compute_the_same() -> None:
     assert "linear.quantise" not in wide
 
 
+def test_products_of_sixteen_bits_are_counted_twice() -> None:
+    """Against the count of a chunk by the layers that the last pass multiplies once more."""
+    setting = Setting(keys=[SPEC.window_frames] * SPEC.layers, width=2, weight_width=1)
+    plain, wide = (chunk_work(SPEC, replace(setting, wide=layers))["linear.gemm"].flops for layers in (0, 2))
+    rows = SPEC.chunk_frames * SPEC.frame_tokens
+    assert wide - plain == 2 * 2 * rows * (6 * SPEC.dim**2 + 2 * SPEC.dim * SPEC.ffn_dim)
+
+
 def test_a_row_at_its_peak_has_a_share_of_one() -> None:
     peak = {"flops": 1e9, "bytes": 1e6}
     rows = {"linear.gemm": Work(5e8, 1e3), "overhead.norm": Work(0, 2.5e5), "attention.cross": Work(1, 1)}

@@ -29,6 +29,7 @@ from ispa_deploy.planner.rates import (
     times,
 )
 from ispa_deploy.planner.stored import past_errors, stored_reports
+from ispa_deploy.precision import last_pass_layers
 from ispa_deploy.profile.grids import milliseconds
 from ispa_deploy.profile.paper import keys_ratio
 from ispa_deploy.profile.work import Setting, keys_of
@@ -133,6 +134,7 @@ def _run(spec: ModelSpec, variant: Variant, rates: Rates, device: Device | None)
     setting = Setting(
         keys=keys_of(spec, range(local), near), width=width,
         weight_width=width if variant.scheme == "none" else 1, stores=spec.layers,
+        wide=0 if variant.scheme == "none" else len(last_pass_layers(spec.layers)),
     )  # fmt: skip
     rows = times(spec, setting, rates)
     chunk = sum(rows.values())

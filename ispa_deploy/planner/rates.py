@@ -134,8 +134,9 @@ def setting_of(spec: ModelSpec, report: Report, run: Run) -> Setting:
     eight = run["scheme"] != "none"
     stores = run.get("stores", spec.layers)
     return Setting(
-        keys=keys_of(spec, range(local), near), width=width, weight_width=1 if eight else width, stores=stores
-    )
+        keys=keys_of(spec, range(local), near), width=width, weight_width=1 if eight else width, stores=stores,
+        wide=run.get("wide_layers", 0),
+    )  # fmt: skip
 
 
 def spec_of(report: Report) -> ModelSpec:

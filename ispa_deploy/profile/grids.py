@@ -190,7 +190,8 @@ def layer_grid(run: Run) -> Grid:
 
 
 def audit_grid(run: Run) -> Grid:
-    """Kernels of the linear layers: how many layers ran each, how often, on which weights."""
+    """Kernels of the linear layers: how many layers ran each, how often, on which weights, and how many of the
+    calls had activations of 16 bits."""
     counts: dict[tuple[str, str, str], list[int]] = {}
     for row in run["audit"]:
         key = (row["kernel"], row.get("dtype") or "-", row["delta_mode"] or "-")
@@ -198,7 +199,7 @@ def audit_grid(run: Run) -> Grid:
         entry[0] += row.get("layers", 1)
         entry[1] += row["calls"] or 0
         entry[2] += row.get("wide_calls") or 0
-    head = ["kernel", "weights", "delta", "layers", "8-bit calls", "with 16-bit activations"]
+    head = ["kernel", "weights", "delta", "layers", "8-bit calls", "wide"]
     return [head] + [
         [*key, str(layers), str(calls or "-"), str(wide or "-")] for key, (layers, calls, wide) in counts.items()
     ]

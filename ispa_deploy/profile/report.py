@@ -155,6 +155,7 @@ def _run_row(lane: Lane, base: Lane, published: Lane | None, peak: dict[str, Any
         "policy": options.policy if lane is not published else PUBLISHED,
         "ratio": len(facts["local"]) / spec.layers,
         "recent": options.recent_frames if facts["localises"] else 0,
+        "wide_layers": facts["wide_layers"],
         "stores": facts["stores"],
         "scheme": lane.configuration.scheme,
         "kv_dtype": options.kv_dtype,
@@ -206,7 +207,8 @@ def _work(lane: Lane) -> dict[str, Work]:
     width = model.dtype.itemsize
     eight = lane.configuration.scheme != "none"
     keys = keys_of(spec, facts["local"], facts["near"])
-    setting = Setting(keys=keys, width=width, weight_width=1 if eight else width, stores=facts["stores"])
+    setting = Setting(keys=keys, width=width, weight_width=1 if eight else width, stores=facts["stores"],
+                      wide=facts["wide_layers"])  # fmt: skip
     return chunk_work(spec, setting)
 
 

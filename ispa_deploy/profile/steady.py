@@ -20,6 +20,7 @@ from ispa_deploy.delta import Delta
 from ispa_deploy.layercache import WindowCache
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions, open_stream
+from ispa_deploy.precision import last_pass_layers
 from ispa_deploy.sampler import Sampler, Schedule
 from ispa_deploy.stream import Chunk, Stream
 
@@ -81,6 +82,7 @@ class SteadyStream:
             "local": absorber.local_layers(),
             "near": sink + cache.recent + cache.spec.chunk_frames,
             "window": cache.spec.window_frames + beside if beside else cache.spec.window_frames,
+            "wide_layers": len(last_pass_layers(cache.spec.layers)) if self.stream.fine else 0,
             "stores": None if self.stream.full_commit else cache.storing_layers(),
             "delta": self.delta_mode(),
             "coded_attention": cache.coded_attention.report() if cache.coded_attention else None,

@@ -189,7 +189,7 @@ def more(report: Report) -> list[tuple[str, list[list[str]], bool]]:
         ("before the steady state", start_grid(report), True),
         ("memory", memory_grid(report), True),
         ("how near the device's peaks", roofline_grid(report), True),
-        (f"what the linear layers of '{last['name']}' ran", audit_grid(last), False),
+        (f"what the linear layers of '{last['name']}' ran (wide: on 16-bit activations)", audit_grid(last), False),
     ]
     return [entry for entry in tables if len(entry[1]) > 1]
 

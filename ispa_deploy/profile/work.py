@@ -37,13 +37,15 @@ class Setting:
 
     `keys`: frames that the queries of each layer see; `width`: bytes of an activation; `weight_width`: bytes of a
     linear's weight, 1 for 8 bits; `stores`: leading layers that the clean pass runs, the last of them for its keys and
-    values alone; None: it runs to its end.
+    values alone; None: it runs to its end; `wide`: layers whose linears take activations of 16 bits, in two products,
+    in the last denoising pass.
     """
 
     keys: Sequence[float]
     width: int
     weight_width: int
     stores: int | None = None
+    wide: int = 0
 
     @property
     def eight_bit(self) -> bool:
@@ -64,7 +66,9 @@ def chunk_work(spec: ModelSpec, setting: Setting) -> dict[str, Work]:
     """Work of a steady chunk by the rows of the breakdown that it can be counted for."""
     denoising = _pass_work(spec, setting, spec.layers, head=True)
     clean = _clean_work(spec, setting)
-    return {row: work * len(spec.steps) + clean.get(row, Work()) for row, work in denoising.items()}
+    rows = {row: work * len(spec.steps) + clean.get(row, Work()) for row, work in denoising.items()}
+    rows["linear.gemm"] += _linears(block_linears(spec), spec.chunk_frames * spec.frame_tokens, setting) * setting.wide
+    return rows
 
 
 def _clean_work(spec: ModelSpec, setting: Setting) -> dict[str, Work]:

@@ -124,6 +124,7 @@ class PublishedSteady:
         memory = {"kv_persistent": past, "kv_scratch": full, "deltas": 0, "statistics": 0}
         return {
             "localises": False, "local": [], "near": spec.window_frames, "window": spec.window_frames, "stores": None,
+            "wide_layers": 0,
             "delta": None, "coded_attention": None, "complaints": [], "kv_percent": 100 * past / full, "memory": memory,
         }  # fmt: skip
 
@@ -155,11 +156,11 @@ def _counted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     counts: dict[tuple[str, str | None], dict[str, Any]] = {}
     for row in rows:
         key = row["kernel"], row["delta_mode"]
-        kept = counts.setdefault(
-            key, {"kernel": key[0], "delta_mode": key[1], "dtype": row["dtype"], "layers": 0, "calls": 0}
-        )
+        kind = {"kernel": key[0], "delta_mode": key[1], "dtype": row["dtype"]}
+        kept = counts.setdefault(key, {**kind, "layers": 0, "calls": 0, "wide_calls": 0})
         kept["layers"] += 1
-        kept["calls"] += row["calls"] or 0
+        for count in ("calls", "wide_calls"):
+            kept[count] += row[count] or 0
     return list(counts.values())
 
 
