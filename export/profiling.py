@@ -15,7 +15,7 @@ from ispa_deploy.errors import InputError, RunError, known_names
 from ispa_deploy.linear import Linear
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions
-from ispa_deploy.precision import check_bits
+from ispa_deploy.precision import BITS, PART, check_bits
 from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
 from ispa_deploy.profile.lane import Opener
@@ -58,6 +58,8 @@ class Compared:
 
     def applied(self, runs: Sequence[Configuration]) -> list[Configuration]:
         """The runs with what is asked of all of them."""
+        if self.last_pass_bits == BITS[0]:
+            return list(runs)
         return [replace(run, options=replace(run.options, last_pass_bits=self.last_pass_bits)) for run in runs]
 
 
@@ -77,6 +79,19 @@ def configurations(
         every = StreamOptions(policy="absorb", ratio=1.0, recent_frames=spec.chunk_frames)
         made.append(_run("local+w8a8", eight, every, scheme))
     return made
+
+
+def by_pass(runs: Sequence[Configuration]) -> list[Configuration]:
+    """Where one denoising pass stands for all of a chunk: those before the last, whose activations have 8 bits. What
+    the last one takes has a run of its own, where a third of the layers is a third."""
+    found = []
+    for run in runs:
+        if len(run.model.spec.steps) > 1:
+            return list(runs)
+        found.append(replace(run, options=replace(run.options, last_pass_bits=8)))
+        if run.name == "ispa+w8a8" and run.model.spec.layers % PART == 0:
+            found.append(replace(run, name=f"{run.name}+last-pass", starts=False))
+    return found
 
 
 def _run(name: str, model: CausalWanDiT, options: StreamOptions, scheme: str, launch: str = "") -> Configuration:
@@ -184,7 +199,7 @@ def profile_geometry(
     eight = copy.deepcopy(model)
     quantise_(eight, chosen)
     runs = configurations(model, eight, chosen.name, ratio=asked.ratio, recent=asked.recent)
-    runs = asked.applied([*runs, *further(asked.also, model, eight, chosen.name)])
+    runs = asked.applied(by_pass([*runs, *further(asked.also, model, eight, chosen.name)]))
     report = compare(
         runs if model.spec.layers == spec.layers else whole(runs),
         rounds=asked.rounds,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import quant
-from export.profiling import Compared, _audited, configurations, further, profile_geometry
+from export.profiling import Compared, _audited, by_pass, configurations, further, profile_geometry
 from ispa_deploy.attention_int8 import SIMULATED, kernels
 from ispa_deploy.compiled import compile_
 from ispa_deploy.errors import InputError, RunError
@@ -40,6 +40,29 @@ def test_the_compared_runs_are_those_of_the_design(models: tuple[CausalWanDiT, C
     every = runs["local+w8a8"].options
     assert (every.policy, every.ratio, every.recent_frames) == ("absorb", 1.0, SPEC.chunk_frames)
     assert [run.scheme for run in runs.values()] == ["none", "none", *["w8a8-int8"] * 3]
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_one_pass_stands_for_those_before_the_last_which_has_a_run_of_its_own(layers: int) -> None:
+    model = tiny_model(replace(SPEC, layers=layers, steps=(1000,)))
+    eight = copy.deepcopy(model)
+    quant.quantise_(eight, quant.resolve("w8a8-int8", "cpu")[0])
+    runs = by_pass(configurations(model, eight, "w8a8-int8"))
+    own = ["ispa+w8a8+last-pass"] if layers == 3 else []
+    assert [run.name for run in runs if run.options.last_pass_bits == 16] == own
+    assert Compared(last_pass_bits=8).applied(runs)[-1].options.last_pass_bits == 8
+    report = compare([run for run in runs if run.name in ("full", "ispa+w8a8", *own)], rounds=1)
+    assert [run["wide_layers"] for run in report["runs"]] == [0, 0, 1][: 2 + len(own)]
+    for run in report["runs"]:
+        wide = {row["name"] for row in run["audit"] if row["wide_calls"]}
+        assert bool(wide) == (run["name"] in own)
+        assert all(name.startswith("blocks.2.") for name in wide)
+
+
+def test_streams_of_several_passes_are_profiled_as_they_run(models: tuple[CausalWanDiT, CausalWanDiT]) -> None:
+    runs = configurations(*models, "w8a8-int8")
+    assert by_pass(runs) == runs
+    assert {run.options.last_pass_bits for run in Compared().applied(runs)} == {16}
 
 
 def test_further_runs_are_read_from_their_names(models: tuple[CausalWanDiT, CausalWanDiT]) -> None:

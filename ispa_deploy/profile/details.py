@@ -33,6 +33,7 @@ _TITLES = {
     "ispa": "ISPA",
     "full+w8a8": "Full cache + W8A8",
     "ispa+w8a8": "ISPA + W8A8",
+    "ispa+w8a8+last-pass": "ISPA + W8A8, last pass",
     "local+w8a8": "All layers local + W8A8",
     "published": "Published loop, plain PyTorch",
 }

@@ -8,7 +8,8 @@ from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.specs import SPECS, ModelSpec
 
 # Between the demo, whose matrices are too small for 8 bits to gain anything, and the 1.3B model, too slow for a CPU.
-# One denoising pass and the clean one: all passes cost the same, and a CPU has the time for more chunks.
+# One denoising pass and the clean one, and a CPU has the time for more chunks: all passes cost the same but a chunk's
+# last one, whose 16-bit activations are measured in a run of their own.
 MID = ModelSpec(
     name="mid", dim=768, ffn_dim=4480, heads=12, layers=12, latent_height=30, latent_width=52, sink_frames=1,
     steps=(1000,), source="no checkpoint: a geometry for measurements",
