@@ -24,13 +24,23 @@ _FLOOR = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def coded(values):
-    """A row of float32, zero beyond its end -> int8 codes and their scale: NaN where a value is NaN or Inf."""
+def whole(values, TOP: tl.constexpr):
+    """A row of float32, zero beyond its end -> whole numbers up to TOP, float32, and their step.
+
+    The step is NaN where a value is NaN or Inf. Divisions round to nearest, as PyTorch's do.
+    """
     # max drops NaN; this sum is 0 for finite rows and NaN for a row with NaN or Inf.
     poison = tl.sum(values * 0.0, axis=0)
-    step = tl.maximum(tl.max(tl.abs(values), axis=0) / 127.0, _FLOOR)
-    rounded = (values * (1.0 / step) + _ROUNDER) - _ROUNDER
-    return tl.minimum(tl.maximum(rounded, -127.0), 127.0).to(tl.int8), step + poison
+    step = tl.maximum(tl.div_rn(tl.max(tl.abs(values), axis=0), TOP), _FLOOR)
+    rounded = (values * tl.div_rn(1.0, step) + _ROUNDER) - _ROUNDER
+    return tl.minimum(tl.maximum(rounded, -TOP), TOP), step + poison
+
+
+@triton.jit
+def coded(values):
+    """A row of float32, zero beyond its end -> int8 codes and their scale: NaN where a value is NaN or Inf."""
+    rounded, step = whole(values, 127.0)
+    return rounded.to(tl.int8), step
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 from ispa_deploy.passes import Norm, norm, on_triton
 from ispa_deploy.regions import region
 from quant.kernels_stored import StoredKernel
-from quant.primitives import join_wide, quantise_fixed, quantise_rows, quantise_wide_rows, rescale
+from quant.primitives import dequantise_wide, join_wide, quantise_fixed, quantise_rows, quantise_wide_rows, rescale
 
 # `_int_mm` refuses fewer rows on CUDA.
 MIN_ROWS = 17
@@ -77,6 +77,20 @@ class _Triton(_CudaKernel):
 
         with region("linear.gemm"):
             return int8_linear(codes, scale, packed, column, bias, dtype)
+
+    def quantise_wide(self, x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not _widens_right(x.device):
+            return super().quantise_wide(x, factor)
+        from quant.triton_kernels import quantise_rows as fused
+
+        return fused(x, factor, wide=True)
+
+    def multiply_wide(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        if not _widens_right(codes.device):
+            return super().multiply_wide(codes, scale, packed, column, bias, dtype)
+        return self.multiply(codes, scale, packed, column, bias, dtype)  # which tells them by their length
 
     def multiply_gelu_quantise(
         self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype,
@@ -142,6 +156,26 @@ def _adds_right(device: torch.device) -> bool:
         exact = F.layer_norm(x.float(), (64,), eps=how.eps) * (1 + how.scale.float()) + how.shift.float()
         near = (got * scale - exact.view(64, 64)).abs() <= 0.51 * scale
         return torch.allclose(total.float(), want, 2e-2, 2e-2) and bool(near.all())
+    except Exception:  # a Triton that does not know this card raises its own
+        return False
+
+
+@functools.cache
+def _widens_right(device: torch.device) -> bool:
+    """Codes of 16 bits and the kernel that joins their products, tried once; where wrong, each has its own product."""
+    try:
+        from quant.triton_kernels import int8_linear
+        from quant.triton_kernels import quantise_rows as fused
+
+        draw = torch.Generator(device).manual_seed(0)
+        x = torch.randn(32, 64, generator=draw, device=device).to(torch.bfloat16)
+        weight = torch.randint(-127, 128, (64, 64), generator=draw, device=device).to(torch.int8)
+        codes, scale = fused(x, wide=True)
+        values = dequantise_wide(codes, scale)
+        y = int8_linear(codes, scale, weight, torch.full((64,), 2.0**-10, device=device), None, torch.float32)
+        want = values.double() @ weight.double().t() * 2.0**-10
+        near = (values - x.float()).abs() <= 0.51 * scale
+        return bool(near.all()) and torch.allclose(y.double(), want, 1e-5, 1e-5)
     except Exception:  # a Triton that does not know this card raises its own
         return False
 

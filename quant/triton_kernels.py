@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ispa_deploy.triton_passes import coded, grouped, on
+from ispa_deploy.triton_passes import coded, grouped, on, whole
+from quant.primitives import HIGH, WIDE_MAX
 
 
 def _config(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:
@@ -29,19 +30,30 @@ _CONFIGS = [
     _config(64, 128, 128, 4, 4),
     _config(128, 128, 64, 4, 4),
     _config(128, 128, 128, 4, 3),
+    _config(128, 128, 64, 8, 4),
     _config(128, 128, 128, 8, 3),
     _config(128, 256, 64, 8, 4),
     _config(128, 256, 128, 8, 3),
     _config(256, 128, 128, 8, 3),
 ]
+# int32 of a tile's accumulators that a thread may hold: with more, its 255 registers do not do for the rest.
+_HELD = 128
 # The interpreter cannot time anything; one configuration leaves it nothing to choose.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_HIGH, _WIDE_MAX = tl.constexpr(float(HIGH)), tl.constexpr(float(WIDE_MAX))
+
+
+def _fitting(configs: list[triton.Config], _: dict[str, object], **options: object) -> list[triton.Config]:
+    """The configurations whose accumulators a thread can hold; rows of two codes have two."""
+    held = _HELD // (2 if options["WIDE"] else 1)
+    return [one for one in configs if one.kwargs["BLOCK_M"] * one.kwargs["BLOCK_N"] <= held * 32 * one.num_warps]
 
 
 @triton.jit
 def _quantise_kernel(
-    x, codes, scale, factor, K, stride, GELU: tl.constexpr, HAS_FACTOR: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, codes, scale, factor, K, stride,
+    GELU: tl.constexpr, HAS_FACTOR: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < K
@@ -51,16 +63,26 @@ def _quantise_kernel(
         values = values / (1.0 + tl.exp(tl.minimum(-1.5957691216057308 * cubic, 80.0)))
     if HAS_FACTOR:
         values *= tl.load(factor + column, mask=inside, other=0.0)
-    rounded, step = coded(values)
-    tl.store(codes + row * K + column, rounded, mask=inside)
+    if WIDE:
+        both, step = whole(values, _WIDE_MAX)
+        high = tl.floor((both + _HIGH / 2) * (1 / _HIGH))  # exact: whole numbers, a power of two
+        tl.store(codes + row * 2 * K + column, high.to(tl.int8), mask=inside)
+        tl.store(codes + row * 2 * K + K + column, (both - high * _HIGH).to(tl.int8), mask=inside)
+    else:
+        rounded, step = coded(values)
+        tl.store(codes + row * K + column, rounded, mask=inside)
     tl.store(scale + row, step)
 
 
-@triton.autotune(configs=_CONFIGS[:1] if _INTERPRETED else _CONFIGS, key=["ROWS", "N", "K"])
+@triton.autotune(
+    configs=_CONFIGS[:1] if _INTERPRETED else _CONFIGS,
+    key=["ROWS", "N", "K", "WIDE"],
+    prune_configs_by={"early_config_prune": _fitting},
+)
 @triton.jit
 def _linear_kernel(
     codes, weight, y, row_scale, column_scale, bias, residual, gate, M, N, K, ROWS, gate_group,
-    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Programs walk down GROUP_M row tiles before the next column tile, so that weight tiles are found in L2.
@@ -74,18 +96,26 @@ def _linear_kernel(
     k = tl.arange(0, BLOCK_K)
     in_m, in_n = m < M, n < N
 
-    a = codes + m.to(tl.int64)[:, None] * K + k[None, :]
+    a = codes + m.to(tl.int64)[:, None] * (2 * K if WIDE else K) + k[None, :]
     b = weight + n.to(tl.int64)[None, :] * K + k[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    if WIDE:
+        low = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     for start in range(0, K, BLOCK_K):
         in_k = k < K - start
         left = tl.load(a + start, mask=in_m[:, None] & in_k[None, :], other=0)
         right = tl.load(b + start, mask=in_k[:, None] & in_n[None, :], other=0)
         total = tl.dot(left, right, total, out_dtype=tl.int32)
+        if WIDE:
+            beside = tl.load(a + K + start, mask=in_m[:, None] & in_k[None, :], other=0)
+            low = tl.dot(beside, right, low, out_dtype=tl.int32)
 
     rows = tl.load(row_scale + m, mask=in_m, other=0.0)
     columns = tl.load(column_scale + n, mask=in_n, other=0.0)
-    out = total.to(tl.float32) * columns[None, :] * rows[:, None]
+    out = total.to(tl.float32)
+    if WIDE:
+        out = out * _HIGH + low.to(tl.float32)
+    out = out * columns[None, :] * rows[:, None]
     if HAS_BIAS:
         out += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
@@ -98,20 +128,24 @@ def _linear_kernel(
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
 
 
-def quantise_rows(x: Tensor, factor: Tensor | None = None, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
+def quantise_rows(
+    x: Tensor, factor: Tensor | None = None, *, gelu: bool = False, wide: bool = False
+) -> tuple[Tensor, Tensor]:
     """(M, K) float, rows contiguous -> int8 codes (M, K) and float32 scales (M, 1); see `quant.primitives`.
 
     `gelu`: of GELU (tanh) of x. `factor` (K,) float32: what the values are multiplied by before they are quantised.
+    `wide`: codes (M, 2 K) of `quant.primitives.quantise_wide_rows`.
     """
     x = (x if x.dtype != torch.float64 else x.float()).contiguous()
     m, k = x.shape
-    codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
+    codes = torch.empty(m, 2 * k if wide else k, dtype=torch.int8, device=x.device)
     scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(k)
     with on(x.device):
         _quantise_kernel[(m,)](
             x, codes, scale, scale if factor is None else factor.contiguous(), k, x.stride(0), GELU=gelu,
-            HAS_FACTOR=factor is not None, BLOCK=block, num_warps=4 if block <= 4096 else 8,
+            HAS_FACTOR=factor is not None, WIDE=wide, BLOCK=block, num_warps=4 if block <= 4096 else 8,
+            enable_fp_fusion=False,  # or ties fall otherwise than in PyTorch, which rounds the product before the sum
         )  # fmt: skip
     return codes, scale
 
@@ -122,11 +156,12 @@ def int8_linear(
 ) -> Tensor:  # fmt: skip
     """int8 (M, K) by int8 (N, K), scales (M, 1) and (N,) float32, bias (N,) -> y (M, N) in `dtype`.
 
+    Codes (M, 2 K) are those of `quantise_rows(wide=True)`: two products of every weight tile, joined in float32.
     With `residual` (..., N), of M rows, it is residual + gate * y instead, rounded once; gate (N,) or (B, F, 1, N), for
-    equal numbers of rows. Tuned once per N, K and power of two of M; the first such call takes seconds.
+    equal numbers of rows. Tuned once per N, K, kind of codes and power of two of M; the first such call takes seconds.
     """
-    m, k = codes.shape
-    n = weight.shape[0]
+    m, (n, k) = codes.shape[0], weight.shape
+    wide = codes.shape[1] == 2 * k
     for operand in (codes, weight):
         assert operand.is_contiguous(), "the kernel walks rows of K"
     y = torch.empty(m, n, dtype=dtype, device=codes.device)
@@ -139,6 +174,6 @@ def int8_linear(
         _linear_kernel[grid](
             codes, weight, y, row_scale, column_scale, column_scale if bias is None else bias.contiguous(),
             y if residual is None else residual.contiguous(), gates, m, n, k, triton.next_power_of_2(m), group,
-            HAS_BIAS=bias is not None, ADDS=residual is not None, GATED=gate is not None,
+            HAS_BIAS=bias is not None, ADDS=residual is not None, GATED=gate is not None, WIDE=wide,
         )  # fmt: skip
     return y

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from ispa_deploy.attention import attend, backends, merge, works
 from ispa_deploy.cache import KVCache
+from ispa_deploy.graphs import PassGraphs
 from ispa_deploy.options import StreamOptions, open_stream
 from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
+from quant import SCHEMES, quantise_
+from quant.linear import Int8Linear
+from tests.tiny import SPEC, latents_of, tiny_model, tiny_stream
 from tests.tiny_avatar import avatar_model, scene
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -58,7 +63,6 @@ def test_the_demo_geometry_streams_as_on_the_cpu(policy: str, tolerance: float) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_int8_linear_agrees_with_integer_arithmetic(dtype: torch.dtype, rng: torch.Generator) -> None:
     from ispa_deploy.linear import Linear
-    from quant.linear import Int8Linear
 
     linear = Linear(1536, 8960)
     layer = Int8Linear.from_float(linear)
@@ -71,6 +75,49 @@ def test_int8_linear_agrees_with_integer_arithmetic(dtype: torch.dtype, rng: tor
     got = layer(x.to(CUDA)).double().cpu()
     assert layer.exact
     assert (got - want).norm() <= 5e-3 * want.norm()
+
+
+@pytest.mark.parametrize(("rows", "features", "outputs"), [(1560, 1536, 8960), (1560, 8960, 1536), (5, 1032, 520)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 3e-3), (torch.float32, 1e-4)])
+def test_a_widened_int8_linear_agrees_with_float64(
+    dtype: torch.dtype, bound: float, rows: int, features: int, outputs: int, rng: torch.Generator
+) -> None:
+    """Row by row against the layer's own weight; a row of NaN stays alone; 8 bits, which err more, come back."""
+    layer = Int8Linear.from_float(torch.nn.Linear(features, outputs)).to(CUDA)
+    x = (torch.randn(rows, features, generator=rng) * torch.logspace(-2, 2, rows)[:, None]).to(CUDA, dtype)
+    x[3, 7] = torch.nan
+    want = x.double() @ layer.reference_weight().double().t() + layer.bias.double()
+    narrow = layer(x)
+    assert layer.exact
+    assert layer.set_wide(True)
+    y = layer(x)
+    assert (y.dtype, layer.calls, layer.wide_calls) == (dtype, 2, 1)
+    assert y[3].isnan().all()
+    fine = torch.arange(rows, device=CUDA) != 3
+    off = [float(((got.double() - want)[fine].norm(dim=1) / want[fine].norm(dim=1)).max()) for got in (y, narrow)]
+    assert off[0] <= bound < off[1]
+    layer.set_wide(False)
+    torch.testing.assert_close(layer(x), narrow, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("options", [{"policy": "full"}, {}, {"delta": "side"}], ids=str)
+def test_the_last_pass_has_its_16_bits_in_a_cuda_graph(options: dict[str, Any]) -> None:
+    """Replayed passes give the eager bits, and those differ from a stream's whose activations all have 8."""
+    model = tiny_model(replace(SPEC, dim=128)).to(CUDA, torch.bfloat16)
+    quantise_(model, SCHEMES["w8a8-int8"])
+    own = model.layers()[-1].self_attn.modules()  # those of the text run once for each prompt
+    last = [layer for layer in own if isinstance(layer, Int8Linear)]
+    assert last
+    want = latents_of(tiny_stream(model, frames=60, **options))
+    assert all(0 < layer.wide_calls < layer.calls for layer in last)
+    stream = tiny_stream(model, frames=60, **options)
+    stream.graphs = PassGraphs.on(stream.cache)
+    assert len(stream.fine) >= len(last)
+    assert torch.equal(latents_of(stream), want)
+    assert not stream.graphs.failure
+    assert stream.graphs.replayed > stream.graphs.recorded > 0
+    assert not any(layer.wide for layer in last)
+    assert not torch.equal(latents_of(tiny_stream(model, frames=60, last_pass_bits=8, **options)), want)
 
 
 def test_a_layer_of_the_1_3b_geometry(rng: torch.Generator) -> None:

@@ -21,7 +21,8 @@ import quant.kernels_cuda
 from ispa_deploy.attention import Attended
 from ispa_deploy.attention_int8 import Coded, plain
 from ispa_deploy.kvstore import PEAKS, Coder
-from quant.primitives import int_matmul, quantise_rows
+from quant.linear import Int8Linear
+from quant.primitives import HIGH, int_matmul, quantise_rows, quantise_wide_rows
 from tests.fused import FusedLayer, check_bad_rows, check_layer, check_marks, check_watched
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,7 +46,7 @@ def test_this_file_interpreted() -> None:
         env={**os.environ, "TRITON_INTERPRET": "1"}, check=False, capture_output=True, text=True,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-3000:]
-    assert "39 passed" in child.stdout
+    assert "57 passed" in child.stdout
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +162,102 @@ def test_product_is_exact_and_scaled(kernels: ModuleType, m: int, n: int, k: int
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
         y = kernels.int8_linear(*operands, dtype).cpu().double()
         assert float((y - want).norm() / want.norm()) <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@_with_bad_rows
+def test_wide_quantiser_has_the_bits_of_the_plain_one_on_a_cpu(kernels: ModuleType, dtype: torch.dtype) -> None:
+    x = (torch.randn(64, 301) * torch.logspace(-4, 4, 64)[:, None]).to(dtype)
+    x[0], x[1, 5], x[2, 7] = 0, float("nan"), float("inf")
+    x[3] = torch.arange(301) * 0.5  # ties
+    x[3, 0] = 32639
+    for by in (None, torch.exp2(torch.randint(-6, 7, (301,)).float()), torch.rand(301)):
+        want_codes, want_scale = quantise_wide_rows(x, by)
+        codes, scale = kernels.quantise_rows(x.to(DEVICE), None if by is None else by.to(DEVICE), wide=True)
+        torch.testing.assert_close(scale.cpu(), want_scale, rtol=0, atol=0, equal_nan=True)
+        assert scale[1:3].isnan().all()
+        finite = want_scale[:, 0].isfinite()
+        assert int(finite.sum()) > 50
+        assert torch.equal(codes.cpu()[finite], want_codes[finite])
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (5, 70, 33), (64, 64, 128), (67, 130, 301)])
+def test_wide_product_is_two_exact_ones_joined_and_scaled(kernels: ModuleType, m: int, n: int, k: int) -> None:
+    codes = torch.randint(-128, 128, (m, 2 * k), dtype=torch.int8)
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    codes[0], weight[0] = -128, -128
+    rows, columns, bias = torch.rand(m, 1), torch.rand(n), torch.randn(n)
+    high, low = int_matmul(codes.view(2 * m, k), weight).double().unflatten(0, (m, 2)).unbind(1)
+    ones = (torch.ones(m, 1, device=DEVICE), torch.ones(n, device=DEVICE))
+    got = kernels.int8_linear(codes.to(DEVICE), ones[0], weight.to(DEVICE), ones[1], None, torch.float32)
+    off = (got.cpu().double() - (high * HIGH + low)).abs()
+    assert bool((off <= 2.0**-23 * (high.abs() * HIGH + low.abs())).all()), "nothing but the join is rounded"
+    x, gate = torch.randn(1, 1, m, n), torch.randn(n)
+    y = (high * HIGH + low) * rows.double() * columns.double() + bias.double()
+    operands = [t.to(DEVICE) for t in (codes, rows, weight, columns, bias)]
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, CAST), (torch.float16, 2.0**-10)):
+        operands[1] = (rows * 2.0**-16).to(DEVICE)  # float16 holds no more
+        scaled = bias + (y - bias) * 2.0**-16
+        got = kernels.int8_linear(*operands, dtype)
+        assert got.dtype == dtype
+        assert float((got.cpu().double() - scaled).norm() / scaled.norm()) <= bound
+        added = kernels.int8_linear(*operands, dtype, x.to(DEVICE, dtype), gate.to(DEVICE, dtype)).cpu().double()
+        want = x[0, 0].to(dtype).double() + gate.to(dtype).double() * scaled
+        assert float((added - want).norm() / want.norm()) <= bound
+    operands[1][-1] = float("nan")
+    got = kernels.int8_linear(*operands, torch.float32)
+    assert got[-1].isnan().all()
+    assert got[:-1].isfinite().all()
+
+
+def test_wide_tiles_are_those_whose_two_accumulators_fit(kernels: ModuleType) -> None:
+    every = kernels._CONFIGS
+    assert kernels._fitting(every, {}, WIDE=False) == every
+    kept = kernels._fitting(every, {}, WIDE=True)
+    assert kept[0] is every[0], "which the interpreter runs"
+    assert len(kept) > 2
+    for one in kept:
+        assert 2 * one.kwargs["BLOCK_M"] * one.kwargs["BLOCK_N"] <= 128 * 32 * one.num_warps
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-3)])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("right", [True, False])
+@_with_bad_rows
+def test_a_layer_widens_on_triton(
+    kernels: ModuleType, dtype: torch.dtype, bound: float, biased: bool, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without a kernel of its own; smoothed; a row of NaN stays alone, and 8 bits come back."""
+    assert quant.kernels_cuda._widens_right(torch.device(DEVICE)), "what a device is asked before it gets this kernel"
+    monkeypatch.setattr(quant.kernels_cuda, "_widens_right", lambda _: right)
+    layer = Int8Linear.from_float(torch.nn.Linear(301, 70, bias=biased)).to(DEVICE)
+    layer.pre_quant_scale = torch.exp2(torch.randint(-3, 4, (301,)).float()).to(DEVICE)
+    layer.prepare(quant.kernels_cuda.TRITON)
+    x = (torch.randn(3, 7, 301) * torch.logspace(-3, 3, 7)[:, None]).to(DEVICE, dtype)
+    x[1, 2, 4] = float("nan")
+    narrow = layer(x)
+    assert layer.set_wide(True)
+    y = layer(x)
+    assert (layer.calls, layer.wide_calls) == (2, 1)
+    assert (y.dtype, y.shape) == (dtype, (3, 7, 70))
+    assert y[1, 2].isnan().all()
+    want = x.double() @ layer.reference_weight().double().t()
+    if layer.bias is not None:
+        want = want + layer.bias.double()
+    fine = torch.ones(3, 7, dtype=torch.bool, device=DEVICE)
+    fine[1, 2] = False
+    off = [((got.double() - want)[fine].norm(dim=-1) / want[fine].norm(dim=-1)).max() for got in (y, narrow)]
+    assert off[0] < bound < off[1]
+    layer.set_wide(False)
+    torch.testing.assert_close(layer(x), narrow, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_device_whose_kernel_is_wrong_gets_two_products(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, own = quant.kernels_cuda._widens_right.__wrapped__, kernels.int8_linear
+    monkeypatch.setattr(kernels, "int8_linear", lambda *operands: own(*operands) * 1.001)
+    assert not right(torch.device(DEVICE))
+    monkeypatch.delattr(kernels, "quantise_rows")
+    assert not right(torch.device(DEVICE))
 
 
 @pytest.mark.parametrize("table", [(1, 1, 1, 72), (2, 3, 1, 72), (72,)])
