@@ -514,7 +514,7 @@ def _run(
             raise InputError(f"--latents and --save-deltas are both '{save_deltas}': give them two names")
     first, later = timeline
     stored = load_deltas(files.deltas, base_sha256=bundle.base_sha256, spec=bundle.spec) if files.deltas else None
-    start = read_start(initial, image, bundle, options)
+    start = read_start(initial, image, bundle, options, say)
     stream = bundle.stream(first, options, deltas=stored, switches=later, initial=start, scene=scene)
     if stream.cache.coded_attention and not machine.allow_fallback:
         stream.cache.coded_attention.assert_will_run()

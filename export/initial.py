@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from export.bundle import Bundle
+from export.sources import Say, quiet
 from export.tensors import named_tensor
 from ispa_deploy.adapt import adapted
 from ispa_deploy.errors import InputError
@@ -21,8 +22,8 @@ from ispa_deploy.specs import ModelSpec
 LATENTS = "latents"
 
 
-def read_initial(path: Path, bundle: Bundle, options: StreamOptions) -> Tensor:
-    """Latents (1, F, C, H, W) float32 on the model's device, of the stream's own resolution.
+def read_initial(path: Path, bundle: Bundle, options: StreamOptions, say: Say = quiet) -> Tensor:
+    """Latents (1, F, C, H, W) float32 on the model's device, of the stream's own resolution, in whole chunks.
 
     A `.safetensors` file as `run --latents` writes it, whose resolution must be the stream's; any other file is a
     video, brought to the model's frame rate, resized and encoded, 1 + 4 n frames of it. InputError names what is wrong.
@@ -32,16 +33,21 @@ def read_initial(path: Path, bundle: Bundle, options: StreamOptions) -> Tensor:
     frames = latents.shape[1] // spec.chunk_frames * spec.chunk_frames
     if not frames:
         raise InputError(f"'{path}' is {latents.shape[1]} latent frames: expected at least {spec.chunk_frames}")
+    if frames < latents.shape[1]:
+        say(f"note: '{path}' is {latents.shape[1]} latent frames: the first {frames} are taken, whole chunks of "
+            f"{spec.chunk_frames}")  # fmt: skip
     return latents[:, :frames].to(bundle.model.device)
 
 
-def read_start(initial: Path | None, image: Path | None, bundle: Bundle, options: StreamOptions) -> Tensor | None:
+def read_start(
+    initial: Path | None, image: Path | None, bundle: Bundle, options: StreamOptions, say: Say = quiet
+) -> Tensor | None:
     """What `--initial` or `--image` names; None where neither is given."""
     if image is not None and initial is not None:
         raise InputError("--image and --initial both say how the stream begins: leave one out")
     if image is not None:
         return read_still(image, bundle, options)
-    return None if initial is None else read_initial(initial, bundle, options)
+    return None if initial is None else read_initial(initial, bundle, options, say)
 
 
 def with_still(options: StreamOptions) -> StreamOptions:

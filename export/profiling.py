@@ -120,8 +120,12 @@ def further(also: Sequence[str], floating: CausalWanDiT, eight: CausalWanDiT, sc
 def _asked(text: str) -> tuple[StreamOptions, str, str]:
     """Options, scheme and launch of one run written as `FORM`."""
     what, *more = text.split("+")
-    launch = more.pop() if more and more[-1] in LAUNCHES else ""
-    kv, attention = CACHES[more.pop() if more and more[-1] in CACHES else ""]
+    launch, cache = ([word for word in more if word in known] for known in (LAUNCHES, CACHES))
+    more = [word for word in more if word not in (*launch, *cache)]
+    for words in (launch, cache):
+        if len(words) > 1:
+            raise InputError(f"--also '{text}': {' and '.join(words)} exclude each other")
+    kv, attention = CACHES[cache[0] if cache else ""]
     policy, *numbers = what.split(":")
     options = StreamOptions(policy=policy, kv_dtype=kv, attention_dtype=attention)
     own_window = options.policy_value().own_window
@@ -139,7 +143,7 @@ def _asked(text: str) -> tuple[StreamOptions, str, str]:
         ) from None
     if scheme not in (*SCHEMES, "w8a8"):
         raise known_names(f"scheme in --also {text}:", scheme, [*SCHEMES, "w8a8"])
-    return options, scheme, launch
+    return options, scheme, launch[0] if launch else ""
 
 
 def _audited(report: dict[str, Any], allow_fallback: bool) -> dict[str, Any]:

@@ -61,6 +61,10 @@ def _rules(spec: ModelSpec, options: StreamOptions) -> dict[str, Any]:
         raise InputError(f"--sink {options.sink}: expected 0 or more frames")
     if options.sink not in (None, 1) and spec.reencodes:
         raise InputError(f"--sink {options.sink} with model '{spec.name}': its context has one; leave it out")
+    if options.roll and spec.audio_blocks:
+        raise InputError(f"--roll with model '{spec.name}': its rings roll by themselves; leave it out")
+    if options.infinity and spec.reencodes:
+        raise InputError(f"--infinity with model '{spec.name}': its context has positions of its own; leave it out")
     if options.renew_sink and not spec.recaches:
         able = ", ".join(other.name for other in SPECS.values() if other.recaches)
         raise InputError(

@@ -203,7 +203,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", mark: str 
         return Attended(torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=_lse_dtype(q)))
     name = choose(q.device, q.dtype, q.shape[-1], q.shape[1], k.shape[1]) if backend == "auto" else backend
     if name not in _BACKENDS:
-        raise known_names("attention backend", name, _BACKENDS)
+        raise known_names("attention backend", name, ["auto", *_BACKENDS])
     if backend != "auto" and (why := _probe(name, q.device, q.dtype, q.shape[-1])):
         raise InputError(f"attention backend '{name}' does not run on {q.device} with {q.dtype}: {why}; use 'auto'")
     with region(mark):

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ispa_deploy.errors import InputError
+from ispa_deploy.errors import InputError, IspaError
 from ispa_deploy.passes import Norm
 from quant import kernels_cpu, kernels_cuda, kernels_float8, kernels_packages
 from quant.kernels_wide import Wide, Widening
@@ -350,6 +350,8 @@ def refusal(kernel: Kernel, device: str) -> str | None:
     for rows in (1, 32):
         try:
             why = _probe(kernel, weight, rows, device)
+        except IspaError as error:
+            return str(error)
         except Exception as error:  # a back-end that is missing or broken raises whatever it likes: take the next one
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         if why is not None:

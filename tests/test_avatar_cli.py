@@ -369,6 +369,7 @@ def test_a_checkpoint_that_does_not_fit_is_told_by_its_tensors(
         (("--warmup", 6), "warm-up of 6"),
         (("--kv-frames", 6), "--kv-frames with model"),
         (("--renew-sink",), "--renew-sink with model"),
+        (("--roll",), "its rings roll by themselves"),
         (("--initial", "l.safetensors"), "l.safetensors"),
     ],
 )

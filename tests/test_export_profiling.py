@@ -76,6 +76,8 @@ def test_further_runs_are_read_from_their_names(models: tuple[CausalWanDiT, Caus
     assert [run.opener for run in made] == [launched.compiled] * 2
     assert all(run.traced and not run.starts for run in made)
     assert made[1].options.kv_dtype == "int8"
+    (turned,) = further(("absorb:1+compile+int8-kv+w8a8-int8",), *models, "w8a8-int8")
+    assert (turned.opener, turned.options, turned.scheme) == (made[1].opener, made[1].options, made[1].scheme)
     assert (held.scheme, held.options.kv_dtype, held.options.attention_dtype) == ("none", "int8", "auto")
     assert (read.scheme, read.options.kv_dtype, read.options.attention_dtype) == ("w8a8-int8", "int8", "int8")
 
@@ -88,7 +90,8 @@ def test_further_runs_are_read_from_their_names(models: tuple[CausalWanDiT, Caus
             "window:0.5", "window:6:3",
         )),
         ("nothing", "unknown policy 'nothing': expected one of absorb"),
-        ("full+compile+int8-kv", r"unknown scheme in --also .*: 'compile': expected one of .*w8a8"),
+        ("full+int8-kv+int8-attention", ".*: int8-kv and int8-attention exclude each other"),
+        ("full+compile+cuda-graphs", ".*: compile and cuda-graphs exclude each other"),
         ("full+w9", r"unknown scheme in --also full\+w9: 'w9': expected one of .*w8a8"),
     ],
 )  # fmt: skip

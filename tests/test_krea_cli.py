@@ -198,10 +198,13 @@ def test_a_video_is_brought_to_the_models_rate_and_size(bundle: Path, tmp_path: 
     brightness = torch.linspace(0, 1, 34)
     with VideoWriter(tmp_path / "v.mp4", fps=32) as writer:
         writer.write(brightness[:, None, None, None].expand(-1, 3, 64, 64))
-    found = read_initial(tmp_path / "v.mp4", opened, StreamOptions())
+    said: list[str] = []
+    found = read_initial(tmp_path / "v.mp4", opened, StreamOptions(), said.append)
     pictures = torch.from_numpy(read_video(tmp_path / "v.mp4")[0])[::2].permute(0, 3, 1, 2).float()[None] / 255
     want = opened.decoder().encode(pictures[..., ::2, ::2])
     assert found.shape == (1, 3, 16, 4, 4)
+    (line,) = said
+    assert line.endswith("v.mp4' is 5 latent frames: the first 3 are taken, whole chunks of 3")
     torch.testing.assert_close(found, want[:, :3], rtol=1e-3, atol=1e-3)
 
 
@@ -211,6 +214,7 @@ def test_a_video_is_brought_to_the_models_rate_and_size(bundle: Path, tmp_path: 
         (("--kv-frames", "4"), "3 to 21 frames in steps of 3"),
         (("--kv-frames", "24"), "3 to 21 frames in steps of 3"),
         (("--kv-frames", "0"), "shorter than sink"),
+        (("--infinity",), "its context has positions of its own"),
         (("--kv-frames", "6", "--policy", "window", "--window", "9"), "leave one out"),
         (("--kv-bias", "0"), "above 0 and at most 1"),
         (("--kv-bias", "1.5"), "above 0 and at most 1"),
