@@ -44,6 +44,7 @@ bench-gpu: $(READY)
 
 lint: $(READY)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check --quiet .
 	$(PY) -m mypy
 
 venv: $(READY)

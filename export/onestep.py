@@ -24,9 +24,7 @@ SHOWN_LAYERS = 5
 PROMPTS = 2
 
 
-def report_errors(
-    folder: Path, original: CausalWanDiT, known: Known, request: Activations, say: Say
-) -> dict[str, Any]:
+def report_errors(folder: Path, original: CausalWanDiT, known: Known, request: Activations, say: Say) -> dict[str, Any]:
     """One-step errors of the bundle in `folder` against `original`, written into it as `one-step.json`.
 
     The file belongs to no identity: the bundle is the same with and without it. The noise is not that of calibration.

@@ -138,9 +138,7 @@ def _asked(text: str) -> tuple[StreamOptions, str, str]:
             ratio, recent = numbers if len(numbers) > 1 else (*numbers, "0")
             options = replace(options, ratio=float(ratio), recent_frames=int(recent))
     except ValueError:
-        raise InputError(
-            f"--also '{text}': expected {FORM} or window:FRAMES..., for example absorb:1:3+w8a8"
-        ) from None
+        raise InputError(f"--also '{text}': expected {FORM} or window:FRAMES..., for example absorb:1:3+w8a8") from None
     if scheme not in (*SCHEMES, "w8a8"):
         raise known_names(f"scheme in --also {text}:", scheme, [*SCHEMES, "w8a8"])
     return options, scheme, launch[0] if launch else ""

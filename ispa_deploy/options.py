@@ -203,9 +203,7 @@ def check_options(spec: ModelSpec, options: StreamOptions) -> ModelSpec:
     return spec
 
 
-def _absorber(
-    targets: Sequence[DeltaTarget], cache: KVCache, options: StreamOptions, dtype: torch.dtype
-) -> Absorber:
+def _absorber(targets: Sequence[DeltaTarget], cache: KVCache, options: StreamOptions, dtype: torch.dtype) -> Absorber:
     """The stream's absorption: one correction for each layer, or one for each of its denoising steps."""
     return (PerStepAbsorber if options.per_step else Absorber)(
         targets=targets,
@@ -221,9 +219,7 @@ def _absorber(
     )
 
 
-def _cache(
-    spec: ModelSpec, options: StreamOptions, device: torch.device, dtype: torch.dtype, *, batch: int
-) -> KVCache:
+def _cache(spec: ModelSpec, options: StreamOptions, device: torch.device, dtype: torch.dtype, *, batch: int) -> KVCache:
     """Keys and values of a stream, where `recent_frames` means something to its policy."""
     policy = options.policy_value()
     recent = options.recent_frames if policy.localises else 0

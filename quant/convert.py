@@ -121,9 +121,7 @@ def quantise_(
     return Report(scheme.name, tuple(rows), plan)
 
 
-def kept(
-    model: nn.Module, scheme: Scheme, skip: Sequence[str] = (), plan: Plan | None = None
-) -> dict[str, str | None]:
+def kept(model: nn.Module, scheme: Scheme, skip: Sequence[str] = (), plan: Plan | None = None) -> dict[str, str | None]:
     """Every linear of the model, in its order, and why it stays in floating point; None where it is to be converted.
 
     Needs no weights: a model on the meta device will do. Raises `InputError` as `quantise_` does for patterns and plan.

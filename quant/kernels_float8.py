@@ -25,9 +25,7 @@ class _Float8Kernel(StoredKernel):
 
     activations: Activations = "float8"
 
-    def quantise(
-        self, x: Tensor, step: Tensor | None = None, factor: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def quantise(self, x: Tensor, step: Tensor | None = None, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `quant.kernels.Kernel`."""
         assert step is None, "e4m3 activations are quantised as they come"
         return quantise_rows_fp8(x, factor)

@@ -27,9 +27,7 @@ class _PackageKernel(StoredKernel):
 
     activations: Activations = "float"
 
-    def quantise(
-        self, x: Tensor, step: Tensor | None = None, factor: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def quantise(self, x: Tensor, step: Tensor | None = None, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The rows as they are, or multiplied by `factor`; only those that are not finite are noted."""
         assert step is None, "the package quantises as it goes"
         return watch_rows(x, factor)

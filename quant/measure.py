@@ -234,4 +234,3 @@ def _seconds(layer: nn.Module, x: Tensor, repeats: int) -> float:
     if cuda:
         torch.cuda.synchronize(x.device)
     return (clock() - start) / repeats
-

@@ -66,9 +66,7 @@ class Run:
         fields = {"chunk_frames": chunk, "max_frames": 1024}
         if self.server:
             window = self.config["kv_cache_num_frames"] + chunk
-            return replace(
-                self.geometry, window_frames=window, sink_frames=1, rope="window", reencodes=True, **fields
-            )
+            return replace(self.geometry, window_frames=window, sink_frames=1, rope="window", reencodes=True, **fields)
         window = self.config["local_attn_size"]
         return replace(
             self.geometry,
@@ -222,9 +220,7 @@ def _replay_calls(run: Run, model: CausalWanDiT, judge: Judge) -> None:
             _compare_cache(cache, recorded, judge, "cache")
 
 
-def _compare_x0(
-    run: Run, schedule: Schedule, block: list[Call], call: Call, flow: Tensor, judge: Judge
-) -> None:
+def _compare_x0(run: Run, schedule: Schedule, block: list[Call], call: Call, flow: Tensor, judge: Judge) -> None:
     recorded = run.of(call)
     t = recorded["timestep"].float()
     table = sigma_table(run.shifts[1])

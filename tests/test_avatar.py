@@ -354,8 +354,11 @@ def test_rings_that_rest_in_host_memory_change_no_bit(recent: int) -> None:
     kept, rested = (stream.cache for stream in streams)
     assert kept.persistent_bytes() == rested.persistent_bytes()
     condition = 2 * 58 * 48 * 4 * AVATAR.layers
-    assert rested.persistent_bytes() - rested.host_bytes() == condition == kept.persistent_bytes() - 4 * sum(
-        2 * (recent if kept.is_local(layer) else 12) * TOKENS * 48 * 4 for layer in range(AVATAR.layers)
+    assert (
+        rested.persistent_bytes() - rested.host_bytes()
+        == condition
+        == kept.persistent_bytes()
+        - 4 * sum(2 * (recent if kept.is_local(layer) else 12) * TOKENS * 48 * 4 for layer in range(AVATAR.layers))
     )
 
 

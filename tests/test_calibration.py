@@ -410,9 +410,7 @@ def one_prompt(tmp_path: Path) -> Path:
 def test_the_demo_in_eight_bits_is_close_in_chunk_one(tmp_path: Path, one_prompt: Path, scheme: str) -> None:
     """Cosine at least 0.995, relative L2 at most 0.08 against bfloat16."""
     asked = Activations(prompts=one_prompt, frames=6, report=True)
-    folder, _ = quantise_source(
-        "demo", tmp_path / "b", scheme=SCHEMES[scheme], dtype=torch.bfloat16, activations=asked
-    )
+    folder, _ = quantise_source("demo", tmp_path / "b", scheme=SCHEMES[scheme], dtype=torch.bfloat16, activations=asked)
     summary = one_step(folder)
     assert summary is not None
     assert summary["dtype"] == "bfloat16"

@@ -89,9 +89,7 @@ def test_every_name_has_its_diffusers_name() -> None:
 @pytest.mark.parametrize("inside", [".", "transformer"])
 def test_a_diffusers_folder_is_the_same_network(tmp_path: Path, inside: str) -> None:
     want = state()
-    shards(
-        tmp_path / inside, {diffusers_name(name): t for name, t in want.items()}, stem="diffusion_pytorch_model"
-    )
+    shards(tmp_path / inside, {diffusers_name(name): t for name, t in want.items()}, stem="diffusion_pytorch_model")
     (tmp_path / "model_index.json").write_text("{}")
     model, source = load_source(tmp_path, model=SPEC)
     assert same(model, want)

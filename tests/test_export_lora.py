@@ -97,9 +97,7 @@ def test_a_checkpoint_and_its_adapter_are_summed_before_the_cast(tmp_path: Path)
     before = (tmp_path / "base.pt").read_bytes()
     lines: list[str] = []
     base, lora = tmp_path / "base.pt", tmp_path / "lora.pt"
-    merged, source = load_source(
-        base, model=SPEC, dtype=torch.bfloat16, lora=lora, lora_alpha=8, say=lines.append
-    )
+    merged, source = load_source(base, model=SPEC, dtype=torch.bfloat16, lora=lora, lora_alpha=8, say=lines.append)
     plain = load_source(tmp_path / "base.pt", model=SPEC)[1]
     want = {name: tensor.bfloat16() for name, tensor in expected(model, pairs, 2.0).items()}
     differing = sum(int((merged.state_dict()[name] != want[name]).sum()) for name in want)

@@ -71,9 +71,7 @@ def test_compressed_tensors_reads_the_bundle_itself(
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
-    config = QuantizationConfig.model_validate(
-        json.loads((bundle / "config.json").read_text())["quantization_config"]
-    )
+    config = QuantizationConfig.model_validate(json.loads((bundle / "config.json").read_text())["quantization_config"])
     model = network()
     apply_quantization_config(model, config)
     compressor = ModelCompressor(quantization_config=config)
@@ -117,9 +115,7 @@ def test_comfy_kitchen_reads_the_file(bundle: Path, layers: tuple[str, ...], tmp
     assert same_chunk(model, bundle)
 
 
-def test_torchao_reads_the_file_and_would_write_the_same(
-    bundle: Path, layers: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_torchao_reads_the_file_and_would_write_the_same(bundle: Path, layers: tuple[str, ...], tmp_path: Path) -> None:
     support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
     path = export_bundle(bundle, "torchao", tmp_path / "torchao.safetensors")
     with safe_open(path, "pt") as file:

@@ -71,7 +71,5 @@ def test_options_change_only_what_they_name() -> None:
     for spec in SPECS.values():
         assert adapted(spec, StreamOptions()) == spec
     longlive = SPECS["longlive-1.3b"]
-    assert adapted(longlive, StreamOptions(infinity=True, sink=1)) == replace(
-        longlive, rope="window", sink_frames=1
-    )
+    assert adapted(longlive, StreamOptions(infinity=True, sink=1)) == replace(longlive, rope="window", sink_frames=1)
     assert SPECS["self-forcing-1.3b"].max_frames == 1024

@@ -287,9 +287,9 @@ def test_static_steps_are_the_calibrated_ones() -> None:
 def test_bad_ranges_are_refused(amax: float, linear: nn.Linear) -> None:
     with pytest.raises(InputError, match="calibrated range"):
         StaticInt8Linear.calibrated(linear, amax)
-    assert torch.equal(
-        StaticInt8Linear.calibrated(linear, 0.0)(torch.zeros(1, K))[0], linear.bias.detach()
-    ), "a layer that only ever saw zeros"
+    assert torch.equal(StaticInt8Linear.calibrated(linear, 0.0)(torch.zeros(1, K))[0], linear.bias.detach()), (
+        "a layer that only ever saw zeros"
+    )
 
 
 def test_e4m3_codes_are_the_nearest_numbers() -> None:

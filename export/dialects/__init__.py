@@ -2,6 +2,8 @@
 
     export_bundle("bundle", "comfyui", "model-comfyui.safetensors")
     import_dialect("model-comfyui.safetensors", "auto", "bundle-again")
+
+`auto` tells a file's dialect by what is in it.
 """
 
 from export.dialects.convert import export_bundle, import_dialect

@@ -46,9 +46,7 @@ class VideoWriter:
     A file already at `path` stays until then. With no frame written, no file is made.
     """
 
-    def __init__(
-        self, path: str | Path, *, fps: int | float, scale: int = 1, audio: Sequence[Path] = ()
-    ) -> None:
+    def __init__(self, path: str | Path, *, fps: int | float, scale: int = 1, audio: Sequence[Path] = ()) -> None:
         """`fps` frames per second; `scale` repeats each pixel that many times in both directions.
 
         `audio`: sound files to go with it, mixed, cut where the pictures end.

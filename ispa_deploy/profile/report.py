@@ -42,6 +42,7 @@ SCHEMA_VERSION = 1
 # What makes a report warn about itself: too few chunks, an unsteady machine, a gain that the method does not explain.
 FEW, UNSTEADY, SUSPECT = 3, 0.1, 1.1
 
+
 @dataclass(frozen=True)
 class Bench:
     """What was measured beside the runs: the device's peaks, and self-attention by itself, the model's window first."""
