@@ -72,7 +72,7 @@ class QuantisedLinear(nn.Module):
     # Whether floating-point arithmetic may stand in where no kernel of the family runs.
     allow_fallback = False
     # Whether activations have 16 bits now (`set_wide`).
-    wide = False
+    wide: bool
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str | None = None
@@ -85,6 +85,7 @@ class QuantisedLinear(nn.Module):
                 "which int32 sums overflow; keep this layer in floating point"
             )
         self.in_features, self.out_features = in_features, out_features
+        self.wide = False  # of the instance: torch.compile would take a class's attribute for another kind of layer
         self._alike: dict[tuple[int, int], bool] = {}  # by packed weights, which a change makes anew
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=self.code_dtype, device=device))
         self.register_buffer("weight_scale", torch.ones(out_features, 1, dtype=torch.float32, device=device))
