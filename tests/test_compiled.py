@@ -58,12 +58,13 @@ def test_graphs_of_the_first_chunk_serve_the_stream() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["none", "w8a8-int8"])
 @pytest.mark.parametrize("rope", ["absolute", "window"])
-def test_nothing_is_compiled_twice_in_200_chunks(rope: str, scheme: str) -> None:
+def test_nothing_is_compiled_twice_in_200_chunks(rope: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, graphs = tiny_model(replace(SPEC, rope=rope, recaches=True)), 3
-    if scheme != "none":
+    if scheme != "none":  # the last layers' linears have another form in the last pass of a chunk: a graph of its own
         quantise_(model, SCHEMES[scheme])
-        graphs = 6  # the last layers' linears have another form in the last pass of a chunk
-    compile_(model, backend="aot_eager")
+        graphs = 6
+        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", False)
+    stages = compile_(model, backend="aot_eager")
     switches = [(frame, text_rows(seed=frame)) for frame in (150, 300)]
     states, stream = Counter[str](), tiny_stream(model, frames=600, spread_solve=1, switches=switches)
     for chunk in stream:
@@ -71,6 +72,7 @@ def test_nothing_is_compiled_twice_in_200_chunks(rope: str, scheme: str) -> None
         assert _graphs() == graphs
         if chunk.index in (80, 150):
             stream.request_recalibration()
+    assert not stages.failure
     assert states["absorbed"] > 160, "five warm-ups of four chunks and a solve of one"
     assert chunk.index == 199
 

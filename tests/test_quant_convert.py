@@ -154,8 +154,8 @@ def test_audit_tells_what_ran(model: Model) -> None:
     assert tuple(name for name, row in rows.items() if row["dtype"] == "int8") == CONVERTED
     assert all(rows[name]["calls"] == 1 for name in CONVERTED)
     assert rows["head.head"] == {
-        "name": "head.head", "kernel": "float float32", "calls": None, "float_calls": None, "dtype": "float32",
-        "delta_mode": None, "why": None,
+        "name": "head.head", "kernel": "float float32", "calls": None, "wide_calls": None, "float_calls": None,
+        "dtype": "float32", "delta_mode": None, "why": None,
     }  # fmt: skip
     assert {row["name"]: row["why"] for row in audit(model, {"head.head": "kept"})}["head.head"] == "kept"
 
