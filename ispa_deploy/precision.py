@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # One layer in so many, rounded up, counted from the last.
 PART = 3
+# Keys and values of the text are made before any pass.
+_TEXT = ("cross_attn.k", "cross_attn.v")
 BITS = (16, 8)
 
 
@@ -45,7 +47,8 @@ def last_pass_linears(model: CausalWanDiT, bits: int = 16) -> list[Widening]:
     if bits == 8:
         return []
     blocks = model.layers()
-    found: list[Any] = [one for index in last_pass_layers(len(blocks)) for one in blocks[index].modules()]
+    last = [blocks[index] for index in last_pass_layers(len(blocks))]
+    found: list[Any] = [one for block in last for name, one in block.named_modules() if name not in _TEXT]
     able = [one for one in found if hasattr(one, "set_wide") and one.set_wide(True)]
     for one in able:
         one.set_wide(False)

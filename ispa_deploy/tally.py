@@ -154,7 +154,8 @@ def _context(stream: Stream) -> dict[str, Any]:
 
 
 def _options(stream: Stream) -> dict[str, Any]:
-    """What the stream ran under, read from the stream itself."""
+    """What the stream ran under, read from the stream itself; `wide_in_last_pass`: linears with activations of 16 bits
+    there."""
     absorber, cache = stream.absorber, stream.cache
     return {
         **asdict(absorber.settings),
@@ -168,6 +169,7 @@ def _options(stream: Stream) -> dict[str, Any]:
         "sink_frames": cache.spec.sink_frames,
         "rope": cache.spec.rope,
         "attention": cache.backend,
+        "wide_in_last_pass": len(stream.fine),
         "steps": stream.spec.steps,
         "interpolate": stream.spec.interpolate,
         "height": stream.spec.latent_height * stream.spec.spatial_stride,

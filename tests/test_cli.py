@@ -254,6 +254,8 @@ def test_the_demo_is_refused_before_it_quantises(tmp_path: Path, flags: tuple[st
         (("--ranking", "epsilon"), {"options.ranking": "epsilon"}),
         (("--ranking", "random"), {"options.ranking": "random", "absorption.layers.0.score?": True}),
         (("--warmup", "9"), {"options.warmup": 9}),
+        (("--last-pass-bits", "8"), {"options.wide_in_last_pass": 0}),
+        ((), {"options.wide_in_last_pass": 16}),
         (("--recent-frames", "3"), {"options.recent_frames": 3, "kv.percent": 100 * (1 - 0.5 * 8 / 12)}),
         (("--ridge-absolute", "0.5"), {"options.ridge.absolute": 0.5, "options.ridge.relative": 0}),
         (("--ridge-relative", "0.5"), {"options.ridge.absolute": 0, "options.ridge.relative": 0.5}),
