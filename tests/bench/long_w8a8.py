@@ -82,9 +82,9 @@ class Arm:
     parts: Path | None
     model: CausalWanDiT | None = None
 
-    def rows(self, pairs: list[Pair], frames: int, first: int) -> Rows:
-        """Of the batch that starts with pair `first`."""
-        kept = self.parts and self.parts / f"{self.name}-{first:05}.json"
+    def rows(self, pairs: list[Pair], frames: int, first: int, draw: int) -> Rows:
+        """Of the batch that starts with pair `first` of a draw."""
+        kept = self.parts and self.parts / f"{self.name}-{draw}-{first:05}.json"
         asked = self.settings | {"first": first, "batch": len(pairs), "frames": frames, "seed": pairs[0].seed}
         if kept and kept.exists():
             found = json.loads(kept.read_text())
@@ -101,15 +101,18 @@ class Arm:
         return rows
 
 
-def run(arms: tuple[Arm, Arm], pairs: list[Pair], frames: int, batch: int, seconds: float) -> tuple[Rows, Rows] | None:
+def run(
+    arms: tuple[Arm, Arm], draws: dict[int, list[Pair]], frames: int, batch: int, seconds: float
+) -> tuple[Rows, Rows] | None:
     """Both arms' rows; None where the time was over first."""
-    began, rows = time.monotonic(), ([], [])  # type: tuple[float, tuple[Rows, Rows]]
-    for first in range(0, len(pairs), batch):
-        for arm, got in zip(arms, rows, strict=True):
-            if time.monotonic() - began > seconds:
-                return None
-            got += arm.rows(pairs[first : first + batch], frames, first)
-            print(f"{arm.name}: {len(got)} of {len(pairs)} videos", file=sys.stderr, flush=True)
+    began, rows, whole = time.monotonic(), ([], []), sum(map(len, draws.values()))  # type: tuple[float, tuple[Rows, Rows], int]
+    for draw, pairs in draws.items():
+        for first in range(0, len(pairs), batch):
+            for arm, got in zip(arms, rows, strict=True):
+                if time.monotonic() - began > seconds:
+                    return None
+                got += arm.rows(pairs[first : first + batch], frames, first, draw)
+                print(f"{arm.name}: {len(got)} of {whole} videos", file=sys.stderr, flush=True)
     return rows
 
 
@@ -140,8 +143,9 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     parser.add_argument("--chunks", type=int, default=100)
-    parser.add_argument("--pairs", type=int, default=48)
-    parser.add_argument("--first", type=int, metavar="N", help="of these pairs, run and judge the first N alone")
+    parser.add_argument("--pairs", type=int, default=48, help="prompts and seeds of a draw")
+    parser.add_argument("--draws", type=int, nargs="+", default=[5], metavar="SEED", help="judged together")
+    parser.add_argument("--first", type=int, metavar="N", help="of each draw, run and judge the first N alone")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--scheme", choices=[name for name in SCHEMES if name != "none"], default="w8a8-int8")
     parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="as in `quantize`")
@@ -174,9 +178,9 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table; 1 where a metric is worse, 3 where `--stop-after` ended it first."""
     arguments = arguments_of(argv)
     torch.set_num_threads(1)
-    pairs, frames = list(demo_pairs(arguments.pairs, seed=5))[: arguments.first], 3 * arguments.chunks
+    draws = {draw: list(demo_pairs(arguments.pairs, seed=draw))[: arguments.first] for draw in arguments.draws}
     arms = arms_of(arguments)
-    rows = run(arms, pairs, frames, arguments.batch, arguments.stop_after)
+    rows = run(arms, draws, 3 * arguments.chunks, arguments.batch, arguments.stop_after)
     if rows is None:
         return 3
     full, ours = rows
@@ -193,7 +197,8 @@ def main(argv: list[str] | None = None) -> int:
         "keep_sensitive": arguments.keep_sensitive,
         "last_pass_bits": arguments.last_pass_bits,
         "chunks": arguments.chunks,
-        "pairs": len(pairs),
+        "draws": list(draws),
+        "pairs": len(full),
         "margin": MARGIN,
         "metrics": metrics,
     }
