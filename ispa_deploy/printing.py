@@ -59,6 +59,8 @@ def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, err
 
     table = Table(*header)
     table.columns[0].no_wrap = True  # names are there to be copied: a narrow terminal takes room from the others
+    for column in table.columns[1:]:
+        column.overflow = "fold"  # `full+w8a8` and `full` would both be "full…"
     for row in rows:
         table.add_row(*row)
     Console(stderr=err).print(table)

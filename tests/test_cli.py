@@ -364,6 +364,13 @@ def test_models_and_version() -> None:
     assert "..." not in overview.split("Commands:")[1], "every command in a whole sentence"
 
 
+def test_a_plans_table_cuts_no_heading_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    table = command("plan", "--model", "longlive-1.3b", "--gpu", "H100").out.split("Rates:")[0]
+    assert "…" not in table
+    assert table.count("w8a8") == 3
+
+
 def test_on_a_terminal_a_bar_shows_chunk_speed_bytes_and_state(tiny: Path) -> None:
     main_end, child_end = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}

@@ -228,6 +228,10 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
         plan("demo", "H200", reports=tmp_path / "missing")
     with pytest.raises(InputError, match="ratio"):
         plan("demo", "H200", ratio=2.0)
+    for model in ("demo", "liveavatar-14b"):
+        for recent in (-3, 1, 12):  # as a stream refuses them
+            with pytest.raises(InputError, match=f"{recent} recent|recent frames {recent}"):
+                plan(model, "H200", recent=recent)
     (tmp_path / "broken.json").write_text("{")
     assert not stored_reports(tmp_path)
     empty = copy.deepcopy(synthetic("demo"))

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from ispa_deploy.attention import Attended, attend, merge
 from ispa_deploy.avatar.condition import REFERENCE, ConditionRope, reference_position
-from ispa_deploy.avatar.sizes import condition_length
+from ispa_deploy.avatar.sizes import check_rings, condition_length
 from ispa_deploy.cache import KVCache
-from ispa_deploy.errors import InputError
 from ispa_deploy.kvstore import Layout
 from ispa_deploy.regions import region
 from ispa_deploy.rope import Rope, rotate
@@ -164,7 +163,7 @@ class AvatarCache(KVCache):
         half_table: bool = False,
         offload: bool = False,
     ):
-        _check_frames(spec, recent)
+        check_rings(spec, recent)
         self.step, self.prefilling, self.rests = 0, False, offload
         self._grid = grid or spec.grid
         self.condition_tokens = condition_length(spec, self._grid)
@@ -294,12 +293,3 @@ class AvatarCache(KVCache):
         ring = self._layout.frame_bytes * self.spec.window_frames * len(self.spec.steps)
         condition = self._layout.frame_bytes * self.condition_tokens // self.frame_tokens
         return (ring + condition) * self.spec.layers
-
-
-def _check_frames(spec: ModelSpec, recent: int) -> None:
-    chunk, window = spec.chunk_frames, spec.window_frames
-    if window % chunk or recent % chunk or not 0 <= recent <= window - chunk:
-        raise InputError(
-            f"window of {window} and {recent} recent frames: '{spec.name}' keeps rings of whole chunks, expected "
-            f"multiples of {chunk} with room for the current one"
-        )

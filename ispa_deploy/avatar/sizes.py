@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
+from ispa_deploy.errors import InputError
 from ispa_deploy.specs import ModelSpec
 
 PACKINGS = (("proj", (1, 2, 2), 1), ("proj_2x", (2, 4, 4), 2), ("proj_4x", (4, 8, 8), 16))
@@ -26,6 +27,16 @@ def packed(spec: ModelSpec, grid: tuple[int, int]) -> list[tuple[list[int], int,
 def condition_length(spec: ModelSpec, grid: tuple[int, int]) -> int:
     """Tokens of reference and motion together: about 2.5 of a frame's."""
     return grid[0] * grid[1] + sum(len(places) * rows * columns for places, rows, columns in packed(spec, grid))
+
+
+def check_rings(spec: ModelSpec, recent: int) -> None:
+    """InputError unless window and recent frames are whole chunks, with room for the current one."""
+    chunk, window = spec.chunk_frames, spec.window_frames
+    if window % chunk or recent % chunk or not 0 <= recent <= window - chunk:
+        raise InputError(
+            f"window of {window} and {recent} recent frames: '{spec.name}' keeps rings of whole chunks, expected "
+            f"multiples of {chunk} with room for the current one"
+        )
 
 
 def audio_linears(spec: ModelSpec) -> dict[str, tuple[int, int]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ispa_deploy.avatar.sizes import check_rings
 from ispa_deploy.budget import Setup, predict
 from ispa_deploy.errors import InputError
 from ispa_deploy.planner.devices import Device, device_named, device_of
@@ -34,6 +35,7 @@ from ispa_deploy.profile.grids import milliseconds
 from ispa_deploy.profile.paper import keys_ratio
 from ispa_deploy.profile.work import Setting, keys_of
 from ispa_deploy.regions import FAMILIES
+from ispa_deploy.slots import WindowSlots
 from ispa_deploy.specs import ModelSpec, spec_for
 
 MEASURED = "measured"
@@ -77,6 +79,7 @@ def plan(
         spec = replace(spec, window_frames=window)
     if not 0 <= ratio <= 1:
         raise InputError(f"ratio {ratio}: expected a share of the layers between 0 and 1")
+    _check_frames(spec, recent)
     stored = stored_reports(reports)
     device, served, unfit = _served(spec, gpu, stored)
     rates = _rates(device, served)
@@ -92,6 +95,14 @@ def plan(
         "unfit": unfit,
         "past": past_errors(stored),
     }
+
+
+def _check_frames(spec: ModelSpec, recent: int) -> None:
+    """InputError for recent frames that a stream of this model would refuse."""
+    if spec.audio_blocks:
+        check_rings(spec, recent)
+    else:
+        WindowSlots(spec.window_frames, spec.sink_frames, spec.chunk_frames, recent)
 
 
 def _served(
