@@ -34,7 +34,10 @@ class PrecisionFlags:
     """How they are stored and multiplied."""
 
     scheme: Annotated[
-        str, typer.Option(help="w8a8 (best here), w8a8-int8, w8a8-int8-static, w8a16-int8, w8a8-fp8, bnb-int8 or none.")
+        str,
+        typer.Option(
+            help="w8a8 (int8 where it runs), w8a8-int8, w8a8-int8-static, w8a16-int8, w8a8-fp8, bnb-int8 or none."
+        ),
     ] = "w8a8"
     plan: Annotated[
         str, typer.Option(help="auto: per layer the fastest here that keeps its error small; FILE: that plan; none.")

@@ -34,6 +34,7 @@ from ispa_deploy.media.video import read_video
 from ispa_deploy.sampler import Sampler
 from ispa_deploy.specs import SPECS
 from quant.schemes import SCHEMES
+from tests.pages import undocumented, unreal
 from tests.tiny import SPEC
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -279,6 +280,14 @@ def test_flags_reach_the_stream(tiny: Path, flags: tuple[str, ...], expected: di
             found = found[int(part)] if isinstance(found, list) else found[part]
         if not path.endswith("?"):
             assert found == (pytest.approx(value) if isinstance(value, float) else value), path
+
+
+@pytest.mark.parametrize("flags", [(), ("--delta-rank", "4"), ("--kv-dtype", "int8", "--policy", "full")])
+def test_every_field_of_a_run_is_documented_and_real(tiny: Path, flags: tuple[str, ...]) -> None:
+    document = stream(tiny, *flags).document
+    del document["audit"]  # its fields are those of a report
+    assert not undocumented(document, "`run --json`")
+    assert unreal(document, "`run --json`") == {"audit[]"}
 
 
 # -- how the work is launched

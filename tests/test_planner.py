@@ -29,6 +29,7 @@ from ispa_deploy.planner.rates import (
 from ispa_deploy.planner.stored import past_errors, stored_reports
 from ispa_deploy.regions import ROWS
 from ispa_deploy.specs import SPECS
+from tests.pages import undocumented, unreal
 
 ROOT = Path(__file__).resolve().parents[1]
 GEOMETRY = ("dim", "ffn_dim", "heads", "layers", "frame_tokens", "text_len")
@@ -238,6 +239,16 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
     empty["runs"] = []
     with pytest.raises(InputError, match="found none"):
         of_report(empty)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu"), [("longlive-1.3b", "measured"), ("krea-14b", "H100"), ("liveavatar-14b", "A100")]
+)
+def test_every_field_of_a_plan_is_documented_and_real(model: str, gpu: str) -> None:
+    document = plan(model, gpu, reports=ROOT / "docs" / "results")
+    assert not undocumented(document, "`plan --json`")
+    empty = {name for name in ("amdahl", "unfit") if not document[name]}
+    assert {name.split(".")[0].removesuffix("[]") for name in unreal(document, "`plan --json`")} == empty
 
 
 def test_planning_imports_no_torch() -> None:

@@ -38,11 +38,13 @@ from ispa_deploy.profile.trace import NAMES, TRACKS, decode, encode, trace
 from ispa_deploy.profile.windows import _verdict
 from ispa_deploy.regions import FAMILIES, ROWS, recording, region
 from quant.audit import audit
+from tests.pages import undocumented, unreal
 from tests.tiny import SPEC, tiny_model
 from tests.trace_format import read as read_trace
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {f"paper.{figure}.short" for figure in PAPER}  # an object where a figure is not reached, else null
+REPORT = "The report, field by field"
 STORED = sorted(ROOT.glob("docs/results/*/*.json"))
 
 
@@ -76,42 +78,15 @@ def stored() -> Iterator[dict[str, Any]]:
 # The schema
 
 
-def paths_of(value: Any, path: str = "") -> Iterator[str]:
-    """Every key below `value` as the schema's page writes it; versions of packages are not keys."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            dotted = f"{path}.{key}" if path else key
-            yield from ["env.packages.*"] if path == "env.packages" else paths_of(item, dotted)
-    elif isinstance(value, list):
-        for item in value or [None]:
-            yield from paths_of(item, f"{path}[]")
-    else:
-        yield path
-
-
-def documented() -> dict[str, bool]:
-    """Field -> whether the page calls it optional."""
-    page = (ROOT / "docs" / "report-schema.md").read_text(encoding="utf-8")
-    rows = [line for line in page.splitlines() if line.startswith("| `")]
-    return {name: "optional" in row for row in rows for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
-
-
-def holds(page: set[str], name: str) -> set[str]:
-    """What the page documents inside of `name`: an object or a list may be null or empty."""
-    return {other for other in page if other.startswith((f"{name}.", f"{name}["))}
-
-
 def test_every_field_of_a_real_report_is_documented(report: dict[str, Any]) -> None:
-    page = set(documented())
     reports = [report, *stored()]
     assert len(reports) > 1
     for each in reports:
-        assert not {path for path in paths_of(each) if path not in page and not holds(page, path.removesuffix("[]"))}
+        assert not undocumented(each, REPORT)
 
 
 def test_every_documented_field_is_real(report: dict[str, Any]) -> None:
-    needed = {name for name, optional in documented().items() if not optional}
-    assert not {name for name in needed - set(paths_of(report)) if not holds(needed, name)} - SHORT
+    assert not unreal(report, REPORT) - SHORT
     assert report["schema_version"] == 1
 
 
