@@ -87,7 +87,8 @@ def all_smaller(spec: ModelSpec, setup: Setup) -> tuple[ModelSpec, Setup]:
     """All of them at once; of window and ratio, the window, which is small from the start."""
     window, kv_dtype = shortest_window(spec), "auto" if spec.audio_blocks else "int8"  # rings are not coded
     quantised = setup.quantised if setup.scheme != "none" else None
-    return spec, replace(
+    _, pictures, _ = _smaller_pictures(spec, setup)
+    return pictures, replace(
         setup, scheme="w8a8", quantised=quantised, policy="window", window=window, kv_dtype=kv_dtype, offload=True
     )
 

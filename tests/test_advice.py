@@ -63,6 +63,10 @@ def test_the_line_tells_what_fits_this_machine_and_what_does_not() -> None:
     assert "would fit" not in hopeless
     assert "together" in hopeless
     assert "quantize --scheme w8a8" in hopeless
+    halved = replace(KREA, latent_height=KREA.latent_height // 2, latent_width=KREA.latent_width // 2)
+    assert "--height 240 --width 416" in hopeless
+    together = predict(halved, all_smaller(KREA, BIG)[1]).peak
+    assert hopeless.endswith(f"need {together / GIB:.1f} GiB")
     already = replace(BIG, scheme="w8a8", policy="full", kv_dtype="int8", vae=False)
     assert not re.search(r"quantize|--ratio|--kv-dtype|--offload|--stats", advise(LONGLIVE, already, 80 * GIB))
 
