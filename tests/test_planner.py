@@ -13,7 +13,7 @@ import pytest
 
 from ispa_deploy.budget import Setup, predict
 from ispa_deploy.errors import InputError
-from ispa_deploy.planner.devices import BLOCK_SECONDS, DEVICES, REACHED
+from ispa_deploy.planner.devices import BLOCK_SECONDS, DEVICES, REACHED, device_of
 from ispa_deploy.planner.plan import grid, plan, sentences
 from ispa_deploy.planner.rates import (
     hardware,
@@ -127,6 +127,31 @@ def test_what_cannot_serve_is_named_and_predicts_nothing(tmp_path: Path) -> None
     assert "data sheet" in plan("krea-14b", "H200", reports=tmp_path)["rates"]
 
 
+def test_runs_whose_work_a_report_does_not_tell_give_no_rates() -> None:
+    """A shorter window, another kernel, other launches, two products for one: each takes half of the time here."""
+    report = synthetic("longlive-1.3b")
+    before, errors = of_report(report), past_errors([report])
+    apart: list[dict[str, Any]] = [
+        {"policy": "window"}, {"policy": "published"}, {"kv_dtype": "int8"}, {"launch": "compiled"},
+        {"scheme": "w8a16-int8"},
+    ]  # fmt: skip
+    for number, changes in enumerate(apart):
+        run = {**copy.deepcopy(report["runs"][0]), "name": f"other {number}", **changes}
+        run["components"] = {row: ms / 2 for row, ms in run["components"].items()}
+        report["runs"].append(run)
+    assert of_report(report) == before
+    assert past_errors([report]) == errors
+
+
+def test_speech_to_video_says_nothing_about_other_models() -> None:
+    """Its queries see a condition beside the window and every pass denoises: a report does not tell its work."""
+    avatar = synthetic("liveavatar-14b")
+    assert "speech to video" in refusal(SPECS["krea-14b"], "bfloat16", avatar)
+    assert nearest(SPECS["krea-14b"], "bfloat16", [avatar]) is None
+    assert refusal(SPECS["liveavatar-14b"], "bfloat16", avatar) == ""
+    assert past_errors([avatar]) == []
+
+
 def test_processors_of_one_name_with_other_vector_units_are_other_hardware() -> None:
     wide, narrow = synthetic("longlive-1.3b"), synthetic("krea-14b")
     wide["env"]["cpu_capability"], narrow["env"]["cpu_capability"] = "AVX512", "AVX2"
@@ -144,6 +169,18 @@ def test_a_gpus_report_judges_its_data_sheet() -> None:
     for row, run in zip(rows, report["runs"], strict=True):
         assert row["predicted_ms"] == pytest.approx(sum(times(spec, setting_of(spec, report, run), rates).values()))
         assert row["what"].endswith("from the data sheet")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "device"),
+    [
+        ("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GH200 480GB", None), ("NVIDIA L40", None), (None, None),
+    ],
+)  # fmt: skip
+def test_a_data_sheet_is_that_of_the_gpu_itself(gpu: str | None, device: str | None) -> None:
+    found = device_of({"env": {"gpu": gpu}})
+    assert (found.name if found else None) == device
 
 
 def test_a_model_too_small_for_a_gpu_waits_for_its_launches(tmp_path: Path) -> None:

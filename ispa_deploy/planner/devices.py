@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,8 +42,8 @@ BLOCK_SECONDS = 2e-4
 
 def device_of(report: Mapping[str, Any]) -> Device | None:
     """The device that a report was measured on; None for a CPU and for GPUs without a data sheet here."""
-    gpu = (report["env"]["gpu"] or "").lower()
-    return next((device for name, device in DEVICES.items() if gpu and name.lower() in gpu), None)
+    gpu = report["env"]["gpu"] or ""
+    return next((each for name, each in DEVICES.items() if re.search(rf"\b{name}\b", gpu, re.IGNORECASE)), None)
 
 
 def device_named(name: str) -> Device:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ispa_deploy.errors import InputError
 from ispa_deploy.planner.devices import BLOCK_SECONDS, REACHED, Device
+from ispa_deploy.policies import POLICIES
 from ispa_deploy.profile.work import Setting, Work, chunk_work, keys_of
 from ispa_deploy.specs import SPECS, ModelSpec
 
@@ -28,6 +29,7 @@ CLOSE = 2.0
 FIRM = 0.5
 """Share of the device's peak from which on a row's rate can be carried to larger models: there is no more than twice as
 much to be had. Below it, calls that are too small to keep the device busy set the time."""
+_SCHEMES_APART = ("w8a16-int8",)  # two products for each that is counted
 _CARRIED = ("attention.kernel", "linear.gemm")
 
 Report = Mapping[str, Any]
@@ -76,10 +78,7 @@ def of_report(report: Report, names: Iterable[str] | None = None) -> Rates:
         runs = [
             run
             for run in report["runs"]
-            if (run["scheme"] != "none") == eight
-            and run["name"] != "published"
-            and run.get("kv_dtype", "auto") == "auto"  # its attention is another kernel, or decodes
-            and (wanted is None or run["name"] in wanted)
+            if (run["scheme"] != "none") == eight and planned(run) and (wanted is None or run["name"] in wanted)
         ]
         if runs:
             seconds[eight] = _mean_rates(spec, report, runs)
@@ -88,6 +87,18 @@ def of_report(report: Report, names: Iterable[str] | None = None) -> Rates:
     seconds.setdefault(True, seconds.get(False, {}))
     seconds.setdefault(False, seconds[True])
     return Rates(seconds, f"measured: {_where(report)}", report["model"]["dtype"])
+
+
+def planned(run: Run) -> bool:
+    """Whether a run does what a plan is about, by work that can be counted from its report."""
+    policy = POLICIES.get(run["policy"])
+    return (
+        policy is not None  # the published loop
+        and not policy.own_window  # of a length that the report does not say
+        and run["scheme"] not in _SCHEMES_APART
+        and run.get("kv_dtype", "auto") == "auto"  # its attention is another kernel, or decodes
+        and run.get("launch") is None  # compiled or replayed: other kernels, and rows told by their names
+    )
 
 
 def _mean_rates(spec: ModelSpec, report: Report, runs: list[Run]) -> dict[str, float]:
@@ -161,6 +172,8 @@ def dtype_of(spec: ModelSpec) -> str:
 def refusal(spec: ModelSpec, dtype: str, report: Report) -> str:
     """Why the rates of `report` say nothing about `spec` in `dtype`; empty where they do."""
     found, width = report["model"]["dtype"], report["model"]["geometry"]["dim"]
+    if spec_of(report).audio_blocks and not spec.audio_blocks:
+        return "its model is for speech to video: rings, condition and audio layers are not counted"
     if found != dtype:
         return f"it ran in {found}, not in {dtype}"
     if width > CLOSE * spec.dim:

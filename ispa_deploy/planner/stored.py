@@ -17,6 +17,7 @@ from ispa_deploy.planner.rates import (
     nearest,
     of_device,
     of_report,
+    planned,
     setting_of,
     spec_of,
     times,
@@ -55,7 +56,10 @@ def past_errors(stored: Sequence[Report]) -> list[dict[str, Any]]:
     """
     found = []
     for report in stored:
-        full = [name for name in ("full", "full+w8a8") if any(run["name"] == name for run in report["runs"])]
+        if spec_of(report).audio_blocks:
+            continue  # its work is not counted
+        able = {run["name"] for run in report["runs"] if planned(run)}
+        full = [name for name in ("full", "full+w8a8") if name in able]
         if full:
             found += _errors(report, of_report(report, full), "its own full-cache runs", skip=full)
         spec, dtype = spec_of(report), report["model"]["dtype"]
@@ -75,7 +79,7 @@ def _errors(
     spec = spec_of(report)
     rows = []
     for run in report["runs"]:
-        if run["name"] in skip or run["name"] == "published" or run.get("kv_dtype", "auto") != "auto":
+        if run["name"] in skip or not planned(run):
             continue
         predicted = sum(times(spec, setting_of(spec, report, run), rates).values())
         measured = run["wall_ms"]
