@@ -20,6 +20,7 @@ from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
 from ispa_deploy.profile.lane import Opener
 from ispa_deploy.profile.launched import compiled, graphed
+from ispa_deploy.profile.paper import LAST_PASS
 from ispa_deploy.profile.steady import SteadyStream
 from quant import SCHEMES, QuantisedLinear, quantise_, resolve
 from quant.audit import audit, complaints
@@ -83,14 +84,15 @@ def configurations(
 
 def by_pass(runs: Sequence[Configuration]) -> list[Configuration]:
     """Where one denoising pass stands for all of a chunk: those before the last, whose activations have 8 bits. What
-    the last one takes has a run of its own, where a third of the layers is a third."""
+    the last one takes has a run of its own, where a third of the layers is a third and its activations have 16 bits."""
     found = []
     for run in runs:
         if len(run.model.spec.steps) > 1:
             return list(runs)
         found.append(replace(run, options=replace(run.options, last_pass_bits=8)))
-        if run.name == "ispa+w8a8" and run.model.spec.layers % PART == 0:
-            found.append(replace(run, name=f"{run.name}+last-pass", starts=False))
+        wide = run.options.last_pass_bits == BITS[0]
+        if run.name == "ispa+w8a8" and run.model.spec.layers % PART == 0 and wide:
+            found.append(replace(run, name=f"{run.name}{LAST_PASS}", starts=False))
     return found
 
 
@@ -201,7 +203,7 @@ def profile_geometry(
     eight = copy.deepcopy(model)
     quantise_(eight, chosen)
     runs = configurations(model, eight, chosen.name, ratio=asked.ratio, recent=asked.recent)
-    runs = asked.applied(by_pass([*runs, *further(asked.also, model, eight, chosen.name)]))
+    runs = by_pass(asked.applied([*runs, *further(asked.also, model, eight, chosen.name)]))
     report = compare(
         runs if model.spec.layers == spec.layers else whole(runs),
         rounds=asked.rounds,

@@ -398,6 +398,8 @@ def test_the_table_says_that_eight_bits_gained_nothing(report: dict[str, Any]) -
     other = {**report, "runs": [*report["runs"], slow]}
     assert any("128) 8 bits gain nothing" in line and "0.40x" in line for line in sentences(other))
     assert not any("gain nothing" in line for line in sentences(report))
+    for aside in ({"name": "ispa+w8a8+last-pass"}, {"linear_speedup": None}):
+        assert not any("gain nothing" in line for line in sentences({**report, "runs": [{**slow, **aside}]}))
     heading, *lines = grid(other)
     assert heading[1:] == ["full", "ispa", "ispa+w8a8"]
     assert {len(line) for line in lines} == {4}

@@ -27,6 +27,7 @@ from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.csv import csv
 from ispa_deploy.profile.diff import METRICS, compared_models, difference, load, threshold
 from ispa_deploy.profile.diff import grid as difference_grid
+from ispa_deploy.profile.grids import amdahl_grid, roofline_grid
 from ispa_deploy.profile.html import html
 from ispa_deploy.profile.lane import Lane, open_lane, record_blocks, take_turn
 from ispa_deploy.profile.paper import PAPER
@@ -329,6 +330,50 @@ def test_a_headline_that_its_own_breakdown_denies_is_not_explained(document: dic
     base, ispa = document["reports"][0]["runs"]
     ispa["speedup"], ispa["wall_ms"] = 0.8, 0.5 * base["wall_ms"]
     assert "unclear: by the recorded chunks the speed-up would be 2.00×" in html(document)
+
+
+def test_a_last_pass_is_shown_and_makes_no_headline(document: dict[str, Any]) -> None:
+    """No stream has only last passes, however fast the machine found one of them."""
+    runs = document["reports"][0]["runs"]
+    runs.append({**copy.deepcopy(runs[1]), "name": "ispa+w8a8+last-pass", "speedup": 9.0, "start": None})
+    text = Page(html(document)).text
+    first = text[: text.index("Time of one chunk")]
+    assert f"{runs[1]['speedup']:.2f}×" in first
+    assert "9.00×" not in first
+    assert "ISPA + W8A8, last pass" in text
+
+
+def test_moments_are_missed_only_where_they_were_not_kept(document: dict[str, Any]) -> None:
+    runs = document["reports"][0]["runs"]
+    runs[1]["timeline"] = ""  # as of a compiled run
+    text = Page(html(document)).text
+    full, ispa = (text.index(f"One chunk, {name}") for name in ("Full cache", "ISPA"))
+    assert "The chunk recorded last" in text[full:ispa]
+    assert "No moments of this run" in text[ispa:]
+    assert "No moments of this run" not in text[:ispa]
+
+
+def test_operations_in_the_table_are_the_baselines(document: dict[str, Any]) -> None:
+    report = document["reports"][0]
+    report["runs"].reverse()
+    head, *lines = roofline_grid(report)
+    flops = {entry["row"]: entry["flops"] for run in report["runs"][-1:] for entry in run["roofline"]}
+    assert head[-3] == "GFLOP"
+    assert len({run["roofline"][0]["flops"] for run in report["runs"]}) == 2
+    for entry in (entry for run in report["runs"] for entry in run["roofline"]):
+        entry["flops"] *= 1e6  # the tiny model's are too few to be seen
+    for row, *_, shown, _, _ in roofline_grid(report)[1:]:
+        assert shown == f"{flops[row] / 1e3:,.1f}"
+    assert lines
+
+
+def test_without_ispa_nothing_is_out_of_reach(document: dict[str, Any]) -> None:
+    """What linear layers would have to gain is asked of the chunk with ISPA."""
+    report = document["reports"][0]
+    report["amdahl"]["linear_speedup_needed"] = None
+    assert amdahl_grid(report)[-1][1] == "not even free ones"
+    report["paper"]["overall"]["ours"] = None
+    assert amdahl_grid(report)[-1][1] == "-"
 
 
 def test_layers_alike_share_a_line_and_odd_ones_are_named(document: dict[str, Any]) -> None:

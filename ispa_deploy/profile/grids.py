@@ -97,15 +97,17 @@ def memory_grid(report: Report) -> Grid:
 
 
 def roofline_grid(report: Report) -> Grid:
-    """Operations, bytes and the share of the nearer peak, of the baseline's rows and how the others stand to them."""
+    """The share of the nearer peak of every run's rows; operations and bytes are the baseline's, or those of the first
+    run that has the row."""
     runs = [run for run in report["runs"] if run.get("roofline")]
     if not runs:
         return []
     lines = [["% of the nearer peak", *(run["name"] for run in runs), "GFLOP", "MB", "peak"]]
     found = [{entry["row"]: entry for entry in run["roofline"]} for run in runs]
+    base = next((each for run, each in zip(runs, found, strict=True) if run["name"] == report["baseline"]), {})
     for row in ROWS:
         entries = [each.get(row) for each in found]
-        first = next((entry for entry in entries if entry), None)
+        first = next((entry for entry in (base.get(row), *entries) if entry), None)
         if first is None:
             continue
         shares = [f"{100 * entry['share']:.0f}" if entry else "-" for entry in entries]
@@ -166,12 +168,15 @@ def amdahl_grid(report: Report) -> Grid:
         ["self-attention, by the keys that are dropped", times(law["attention_ceiling"]),
          times(achieved.get("attention"))],
         ["whole chunk by that alone (ISPA's ceiling)", times(law["ceiling"]), times(achieved.get("chunk"))],
-        ["linear layers, needed for the paper's 1.86x", _needed(law), times(achieved.get("linear"))],
+        ["linear layers, needed for the paper's 1.86x", _needed(report), times(achieved.get("linear"))],
     ]  # fmt: skip
 
 
-def _needed(law: dict[str, Any]) -> str:
-    return "not even free ones" if law["linear_speedup_needed"] is None else times(law["linear_speedup_needed"])
+def _needed(report: Report) -> str:
+    needed = report["amdahl"]["linear_speedup_needed"]
+    if needed is None and report["paper"]["overall"]["ours"] is not None:
+        return "not even free ones"
+    return times(needed)
 
 
 def layer_grid(run: Run) -> Grid:

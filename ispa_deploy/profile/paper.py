@@ -16,6 +16,8 @@ FIGURE_RUNS = {"attention": "ispa", "overall": "ispa", "overall_w8a8": "ispa+w8a
 """The run that stands against the baseline in each of the paper's figures."""
 PUBLISHED = "published"
 """Name of the run that is not ours: the published loop in plain PyTorch."""
+LAST_PASS = "+last-pass"
+"""What a run's name ends in whose one denoising pass is a chunk's last one; in the others it is one of those before."""
 PAPER_MODEL, PAPER_RATIO = "longlive-1.3b", 0.5
 PAPER_GEOMETRY = ("dim", "ffn_dim", "heads", "latent_height", "latent_width", "chunk_frames")
 """The setting of Fig. 7(b): LongLive 1.3B at 480x832 with its window of 12 frames, half of the layers local."""

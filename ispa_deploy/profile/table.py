@@ -19,7 +19,7 @@ from ispa_deploy.profile.grids import (
     times,
     window_grid,
 )
-from ispa_deploy.profile.paper import FIGURE_RUNS
+from ispa_deploy.profile.paper import FIGURE_RUNS, LAST_PASS
 from ispa_deploy.regions import FAMILIES, ROWS
 
 Report = dict[str, Any]
@@ -170,7 +170,8 @@ def setting_sentences(report: Report) -> list[str]:
 
 
 def _eight_bit_sentences(report: Report) -> list[str]:
-    idle = [run for run in report["runs"] if run["scheme"] != "none" and (run["linear_speedup"] or 0) < GAIN]
+    eight = [run for run in report["runs"] if run["scheme"] != "none" and not run["name"].endswith(LAST_PASS)]
+    idle = [run for run in eight if run["linear_speedup"] is not None and run["linear_speedup"] < GAIN]
     width = report["model"]["geometry"]["dim"]
     return [
         f"At this width ({width}) 8 bits gain nothing: the linear layers of '{run['name']}' ran at "
