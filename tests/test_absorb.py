@@ -374,7 +374,7 @@ def test_adopted_corrections_are_the_ones_of_the_transition(mode: str, recent: i
     source = tiny_stream(tiny_model(), frames=24, recent_frames=recent, delta=mode, ahead=0)
     want = latents_of(source)
     again = tiny_stream(tiny_model(), frames=24, recent_frames=recent, delta=mode, ahead=0)
-    again.absorber._needs_statistics = lambda: False  # type: ignore[method-assign]
+    again.absorber.needs_statistics = lambda: False  # type: ignore[method-assign]
     again.absorber.settings = replace(again.absorber.settings, warmup=10_000)
     found = []
     for chunk in again:

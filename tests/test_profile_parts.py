@@ -134,6 +134,26 @@ def test_a_start_goes_through_its_stages_and_its_rows_close(policy: str, states:
     assert all(block.self_attn.o.delta is None for block in model.layers())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        StreamOptions(policy="absorb"), StreamOptions(policy="absorb", preset="paper"), StreamOptions(ratio=0.0),
+        StreamOptions(policy="sink-local"), StreamOptions(policy="sink-local", layers=(1,)),
+        StreamOptions(policy="no-sink"), StreamOptions(policy="full"),
+    ],
+)  # fmt: skip
+def test_the_steady_stream_holds_what_a_real_one_came_to_hold(options: StreamOptions) -> None:
+    """Corrections after the transition, and sums before it: none of the one kind where layers are local without."""
+    model = tiny_model(replace(SPEC, steps=(1000,)))
+    chunks = measure_start(model, options, CLOCKS["wall"]).to_dict()["chunks"]
+    steady = SteadyStream.open(model, options, 1)
+    with steady.turn():
+        memory = steady.facts()["memory"]
+    assert memory["statistics"] == max(chunk["statistics"] for chunk in chunks)
+    assert memory["deltas"] == chunks[-1]["deltas"]
+    assert memory["kv_persistent"] == chunks[-1]["kv_persistent"]
+
+
 def test_a_block_that_waits_shows_in_its_own_line() -> None:
     model = tiny_model(SPEC)
     slow = model.layers()[2]

@@ -14,7 +14,7 @@ bit.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -164,8 +164,9 @@ class Absorber:
         self._early, self._late, self._active, self._watching = [], [], None, 0
         self._start_warmup(frame)
 
-    def adopt(self, deltas: dict[int, Delta]) -> None:
-        """Start absorbed, without a warm-up: stored corrections hold from the session's first chunk on."""
+    def adopt(self, deltas: Mapping[int, Delta | None]) -> None:
+        """Start absorbed, without a warm-up: stored corrections hold from the session's first chunk on; None: the layer
+        is local without one."""
         self.state = "absorbed"
         for layer, delta in deltas.items():
             self._localise(layer, delta)
@@ -174,7 +175,7 @@ class Absorber:
 
     def _start_warmup(self, frame: int) -> None:
         self.state, self._since = "warm-up", frame
-        if not self._needs_statistics():
+        if not self.needs_statistics():
             return
         kind = torch.float64 if self.settings.double else torch.float32
         weights = [_weight_of(target) for target in self.targets]
@@ -186,7 +187,8 @@ class Absorber:
         frames = (self.settings.warmup - spec.chunk_frames) * spec.passes + self._ahead * spec.chunk_frames
         self._stride = stride_of(frames * self.cache.frame_tokens, self.settings.rows_per_width, width)
 
-    def _needs_statistics(self) -> bool:
+    def needs_statistics(self) -> bool:
+        """Whether the warm-up sums anything up: to solve for corrections, or to rank layers."""
         ranked = self.choice.layers is None and self.settings.ranking != "random"
         return (self.policy.absorbs or ranked) and self.choice.count(len(self.targets)) > 0
 

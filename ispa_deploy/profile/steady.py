@@ -117,7 +117,7 @@ class SteadyStream:
     def statistics_bytes(self) -> int:
         """Bytes that the warm-up's statistics hold until the transition frees them."""
         absorber, spec = self.stream.absorber, self.stream.model.spec
-        if not absorber.policy.absorbs:
+        if not absorber.policy.localises or not absorber.needs_statistics():
             return 0
         kind = torch.float64 if absorber.settings.double else torch.float32
         one = Statistics(torch.empty(spec.dim, spec.dim, device="meta"), dtype=kind).nbytes()
@@ -147,11 +147,13 @@ def _fill(stream: Stream, generator: torch.Generator) -> int:
     return start
 
 
-def _deltas(stream: Stream, generator: torch.Generator) -> dict[int, Delta]:
-    """Random corrections for as many layers as the options ask for."""
+def _deltas(stream: Stream, generator: torch.Generator) -> dict[int, Delta | None]:
+    """Random corrections for as many layers as the options ask for; None for each under a policy that makes none."""
     absorber, spec = stream.absorber, stream.model.spec
     layers = absorber.choice.layers or range(absorber.choice.count(spec.layers))
     device = stream.model.device
+    if not absorber.policy.absorbs:
+        return dict.fromkeys(layers)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device).mul_(_DELTA_SCALE)
