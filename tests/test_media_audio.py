@@ -7,6 +7,7 @@ import struct
 import wave
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -33,6 +34,17 @@ def write_wav(path: Path, samples: np.ndarray, rate: int) -> Path:
         file.setsampwidth(2)
         file.setframerate(rate)
         file.writeframes((samples * 32767).round().astype("<i2").tobytes())
+    return path
+
+
+def write_coded(path: Path, samples: np.ndarray, rate: int, codec: str) -> Path:
+    """(N,) floats in [-1, 1] as mono in a lossy code."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples[None].astype(np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = rate, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
     return path
 
 
@@ -220,6 +232,45 @@ def test_several_sounds_are_mixed_and_each_ends_in_its_time(tmp_path: Path) -> N
     first, second = tone(2.0, 16000, 220.0), tone(2.0, 16000, 880.0)
     assert similarity(both, (first + second)[1000:15000]) > 0.99
     assert similarity(alone, second[18000:31000]) > 0.99
+
+
+def talking(path: Path, audio: Path, frames: int) -> Path:
+    with VideoWriter(path, fps=16, audio=[audio]) as writer:
+        writer.write(torch.rand(frames, 3, 32, 32))
+    return path
+
+
+def test_the_sound_may_be_an_mp3(tmp_path: Path) -> None:
+    """Its times begin behind the encoder's delay, not at 0."""
+    path = write_coded(tmp_path / "a.mp3", 0.5 * tone(2.0, 44100), 44100, "libmp3lame")
+    heard = read_audio(talking(tmp_path / "v.mp4", path, 32)).numpy()
+    assert 0 <= len(heard) - 32000 < 1500
+    assert similarity(heard[1000:31000], read_audio(path).numpy()[1000:31000]) > 0.99
+
+
+@pytest.mark.parametrize("rates", [(44100, 22050), (22050, 44100)])
+def test_a_file_that_changes_its_rate_goes_on(tmp_path: Path, rates: tuple[int, int]) -> None:
+    """Streams of packets may be joined end to end."""
+    halves = [
+        write_coded(tmp_path / f"{rate}.aac", 0.5 * tone(1.0, rate, hertz), rate, "aac").read_bytes()
+        for rate, hertz in zip(rates, (440.0, 1000.0), strict=True)
+    ]
+    path = tmp_path / "a.aac"
+    path.write_bytes(b"".join(halves))
+    for heard in (read_audio(path), read_audio(talking(tmp_path / "v.mp4", path, 32))):
+        assert abs(len(heard) - 32000) < 3000
+        for second, hertz in ((heard[2000:12000], 440), (heard[19000:29000], 1000)):
+            peak = int(torch.fft.rfft(second).abs().argmax()) * 16000 / len(second)
+            assert peak == pytest.approx(hertz, abs=5)
+
+
+def test_a_sound_that_is_damaged_further_on_is_named(tmp_path: Path) -> None:
+    path = write_coded(tmp_path / "a.aac", 0.5 * tone(3.0, 44100), 44100, "aac")
+    path.write_bytes(path.read_bytes()[:-200])
+    for reader in (read_audio, lambda path: talking(tmp_path / "v.mp4", path, 60)):
+        with pytest.raises(InputError, match=r"a\.aac' cannot be read"):
+            reader(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.aac"]
 
 
 def test_a_broken_run_lets_go_of_the_sound(tmp_path: Path) -> None:

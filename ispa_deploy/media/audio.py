@@ -6,7 +6,7 @@ sampled at the video's rate.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -42,13 +42,10 @@ def read_audio(path: str | Path, rate: int = SAMPLE_RATE) -> Tensor:
     """
     import av
 
-    resampler = av.AudioResampler(format="fltp", rate=rate)
-    pieces = []
     try:
         with av.open(str(path)) as container:
-            for frame in container.decode(container.streams.audio[0]):
-                pieces += [piece.to_ndarray().mean(0) for piece in resampler.resample(frame)]
-            pieces += [piece.to_ndarray().mean(0) for piece in resampler.resample(None)]
+            frames = resampled(container.decode(container.streams.audio[0]), rate)
+            pieces = [frame.to_ndarray().mean(0) for frame in frames]
     except (av.FFmpegError, OSError, IndexError, UnicodeError) as error:
         raise _unreadable(path, error) from None
     samples = torch.from_numpy(np.concatenate(pieces or [np.zeros(0, np.float32)]))
@@ -57,6 +54,23 @@ def read_audio(path: str | Path, rate: int = SAMPLE_RATE) -> Tensor:
     if not bool(samples.isfinite().all()):
         raise InputError(f"audio '{path}' holds NaN or Inf: expected finite samples; write the file again")
     return samples
+
+
+def resampled(frames: Iterable[av.AudioFrame], rate: int, layout: str | None = None) -> Iterator[av.AudioFrame]:
+    """Frames as float32 at `rate`, in `layout` or their own, also where a file changes its rate or channels midway."""
+    import av
+
+    resampler, known = None, None
+    for frame in frames:
+        kind = frame.sample_rate, frame.layout.name, frame.format.name
+        if kind != known:
+            if resampler is not None:
+                yield from resampler.resample(None)
+            resampler, known = av.AudioResampler(format="fltp", layout=layout, rate=rate), kind
+        assert resampler is not None
+        yield from resampler.resample(frame)
+    if resampler is not None:
+        yield from resampler.resample(None)
 
 
 def _unreadable(path: str | Path, error: Exception) -> InputError:
@@ -213,28 +227,32 @@ class _Source:
             self._stream = self._container.streams.audio[0]
         except (av.FFmpegError, OSError, IndexError, UnicodeError) as error:
             raise _unreadable(path, error) from None
+        self._path = path
         self.rate, self.channels = self._stream.rate, self._stream.layout.nb_channels
         self._fifo = av.AudioFifo()
 
     def start(self, rate: int) -> None:
         """What `take` gives is resampled to this."""
-        self._frames = self._decoded(rate)
+        layout = "mono" if self.channels == 1 else "stereo"
+        self._frames = resampled(self._container.decode(self._stream), rate, layout)
 
     def take(self, wanted: int) -> NDArray[np.float32] | None:
-        """The next samples, one row for mono and two for more, at most `wanted`; None when there are none."""
-        while self._fifo.samples < wanted and (frame := next(self._frames, None)) is not None:
-            self._fifo.write(frame)
+        """The next samples, one row for mono and two for more, at most `wanted`; None when there are none.
+
+        InputError where the file turns out to be damaged.
+        """
+        import av
+
+        try:
+            while self._fifo.samples < wanted and (frame := next(self._frames, None)) is not None:
+                # Samples follow each other; the file's times have gaps, and those of an .mp3 do not begin at 0.
+                frame.pts, frame.time_base = None, Fraction(1, frame.sample_rate)
+                self._fifo.write(frame)
+        except (av.FFmpegError, OSError) as error:
+            raise _unreadable(self._path, error) from None
         count = min(wanted, self._fifo.samples)
         read = self._fifo.read(count) if count > 0 else None
         return None if read is None else read.to_ndarray().astype(np.float32, copy=False)
 
     def close(self) -> None:
         self._container.close()
-
-    def _decoded(self, rate: int) -> Iterator[av.AudioFrame]:
-        import av
-
-        resampler = av.AudioResampler(format="fltp", layout="mono" if self.channels == 1 else "stereo", rate=rate)
-        for frame in self._container.decode(self._stream):
-            yield from resampler.resample(frame)
-        yield from resampler.resample(None)
