@@ -201,6 +201,18 @@ def test_pictures_of_a_tilted_telephone_are_upright(tmp_path: Path) -> None:
     torch.testing.assert_close(read_image(tmp_path / "plain.jpg", 48, 64), found, atol=0.2, rtol=0)
 
 
+def test_a_name_with_a_colon_is_a_file_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with VideoWriter("12:30.mp4", fps=8) as writer:
+        writer.write(flat(16, 16))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["12:30.mp4"]
+    assert len(read_video("12:30.mp4")[0]) == len(COLOURS)
+    Image.new("RGB", (16, 16)).save("a:b.png")
+    assert not read_image("a:b.png", 16, 16).any()
+    with pytest.raises(InputError, match="No such file"):
+        read_image("http://a.b/c.png", 16, 16)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not a video"])
 def test_unreadable_video_is_refused(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:

@@ -92,6 +92,15 @@ def test_another_rate_and_two_channels_become_one_tone(tmp_path: Path) -> None:
     assert abs(read[middle]).max() == pytest.approx(0.375, rel=0.01)
 
 
+def test_a_name_with_a_colon_is_a_file_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_wav(Path("take:2.wav"), tone(1.0, 16000), 16000)
+    assert len(read_audio(path)) == 16000
+    with VideoWriter("v.mp4", fps=16, audio=[path]) as writer:
+        writer.write(torch.rand(16, 3, 32, 32))
+    assert len(read_audio("v.mp4")) >= 16000
+
+
 @pytest.mark.parametrize(
     ("content", "parts"),
     [(None, ("No such file",)), (b"once upon a time", ("cannot be read", ".wav")), (b"", ("cannot be read",))],

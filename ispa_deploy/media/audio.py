@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ispa_deploy.errors import InputError, reason_of
+from ispa_deploy.media.output import local_file
 from ispa_deploy.media.weights import check_finite, hushed, library
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def read_audio(path: str | Path, rate: int = SAMPLE_RATE) -> Tensor:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(local_file(path)) as container:
             frames = resampled(container.decode(container.streams.audio[0]), rate)
             pieces = [frame.to_ndarray().mean(0) for frame in frames]
     except (av.FFmpegError, OSError, IndexError, UnicodeError) as error:
@@ -223,7 +224,7 @@ class _Source:
         import av
 
         try:
-            self._container = av.open(str(path))
+            self._container = av.open(local_file(path))
             self._stream = self._container.streams.audio[0]
         except (av.FFmpegError, OSError, IndexError, UnicodeError) as error:
             raise _unreadable(path, error) from None

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ispa_deploy.errors import InputError, reason_of
+from ispa_deploy.media.output import local_file
 from ispa_deploy.media.video import upright
 
 
@@ -20,7 +21,7 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(local_file(path)) as container:
             picture = torch.from_numpy(upright(next(container.decode(container.streams.video[0]))))
     except (av.FFmpegError, OSError, IndexError, StopIteration, UnicodeError) as error:
         reason = reason_of(error, "it has no picture")

@@ -34,6 +34,11 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.stem}.partial{path.suffix}")
 
 
+def local_file(path: str | Path) -> str:
+    """`path` as the video library opens it: of a relative one it takes what is before a colon for a protocol."""
+    return os.path.abspath(path)
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write a text file whole or not at all."""
     return replace_text(output_path(path, Path(path).suffix.lower(), "report"), text)

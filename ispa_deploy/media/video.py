@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ispa_deploy.errors import InputError, RunError, reason_of
 from ispa_deploy.media.audio import AudioTrack
-from ispa_deploy.media.output import output_path, partial_path
+from ispa_deploy.media.output import local_file, output_path, partial_path
 
 if TYPE_CHECKING:
     import av
@@ -158,7 +158,7 @@ def read_video(path: str | Path) -> tuple[NDArray[np.uint8], float]:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(local_file(path)) as container:
             stream = container.streams.video[0]
             frames = [upright(frame) for frame in container.decode(stream)]
             rate = stream.average_rate
@@ -206,7 +206,7 @@ def _open(path: Path, rate: Fraction, width: int, height: int) -> tuple[OutputCo
     from av.video.stream import VideoStream
 
     name = _encoder()
-    container = av.open(str(path), "w", format="mp4", container_options={"movflags": "+faststart"})
+    container = av.open(local_file(path), "w", format="mp4", container_options={"movflags": "+faststart"})
     stream = container.add_stream(name, rate=rate, options=ENCODERS[name])
     assert isinstance(stream, VideoStream)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
