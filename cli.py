@@ -151,8 +151,11 @@ def run(
     from export.initial import with_still
     from export.manifest import read_manifest
     from export.scenes import read_scene
+    from ispa_deploy.media.output import output_path
     from ispa_deploy.run import Outputs
 
+    if files.out is not None:
+        output_path(files.out, ".mp4", "video")
     options, spec = stream.options(), read_manifest(bundle).spec
     if machine.offload:
         options = replace(options, stats_device=options.stats_device or "cpu", offload=True)

@@ -437,6 +437,8 @@ BAD_RUNS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--window", "6"), ("--window", "--policy window")),
     (("--window", "2", "--policy", "window"), ("window 2",)),
     (("--out", "v.mp4"), ("no decoder", "--latents")),
+    (("--out", "."), ("video '.'", "expected '.mp4'")),
+    (("--latents", f"{'n' * 240}.safetensors"), ("File name too long", "another name")),
     (("--latents", "l.pt"), ("'.pt'", "'.safetensors'")),
     (("--latents", "missing/l.safetensors"), ("does not exist", "create")),
     (("--latents", "/proc/l.safetensors"), ("not writable", "choose another")),

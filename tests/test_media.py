@@ -164,6 +164,8 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, rng: torch.Gen
         ("missing/v.mp4", "folder does not exist"),
         ("folder.mp4", "is a folder"),
         ("file/v.mp4", "folder does not exist"),
+        ("n" * 300 + ".mp4", "File name too long"),
+        ("n" * 244 + ".mp4", "File name too long"),  # while it is written, the name is longer
     ],
 )
 def test_bad_path_is_refused_before_any_frame(tmp_path: Path, name: str, says: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from ispa_deploy.errors import InputError
@@ -14,10 +15,15 @@ def output_path(path: str | Path, suffix: str, what: str) -> Path:
     path = Path(path)
     if path.suffix.lower() != suffix:
         raise InputError(f"{what} '{path}' has suffix '{path.suffix}': expected '{suffix}', rename the output")
-    if path.is_dir():
-        raise InputError(f"{what} '{path}' is a folder: expected a file name inside it")
-    if not path.parent.is_dir():
-        raise InputError(f"{what} '{path}': its folder does not exist, create '{path.parent}' first")
+    try:
+        if path.is_dir():
+            raise InputError(f"{what} '{path}' is a folder: expected a file name inside it")
+        if not path.parent.is_dir():
+            raise InputError(f"{what} '{path}': its folder does not exist, create '{path.parent}' first")
+        with suppress(FileNotFoundError):
+            os.lstat(partial_path(path))  # its name is the longer one
+    except OSError as error:
+        raise InputError(f"{what} '{path}' cannot be written ({error.strerror}): choose another name") from None
     try:
         # A real file, for permission bits say nothing about read-only mounts, nor to root.
         with tempfile.TemporaryFile(dir=path.parent):
