@@ -23,7 +23,7 @@ from ispa_deploy.delta import DELTA_MODES, Delta
 from ispa_deploy.errors import RunError, known_names
 from ispa_deploy.media.ahead import DecodeAhead
 from ispa_deploy.media.output import partial_path
-from ispa_deploy.media.sheet import contact_sheet
+from ispa_deploy.media.sheet import Shown, contact_sheet
 from ispa_deploy.media.video import VideoWriter
 from ispa_deploy.memory import setup_of
 from ispa_deploy.stream import Chunk, Decoder, Stream
@@ -105,7 +105,8 @@ def run_stream(
     outputs = outputs or Outputs()
     outputs.check(stream.decoder is not None)
     _check_delta_mode(stream)
-    spec, device, tally, setup = stream.model.spec, stream.model.device, Tally(), setup_of(stream)
+    spec, device, setup = stream.model.spec, stream.model.device, setup_of(stream)
+    tally = Tally(shown=Shown(spec.pixel_frames(stream.frames)) if outputs.sheet else None)
     started = time.perf_counter()
     with ExitStack() as stack:
         decoding = _decoding(stream, overlap, stack)
@@ -123,7 +124,7 @@ def run_stream(
             tally.seconds.append(time.perf_counter() - clock)
             _check_finite(stream, chunk)
             keep(tally, chunk, stream, outputs)
-            _show(decoded, video, tally, outputs)
+            _show(decoded, video, tally.shown)
             if on_progress:
                 on_progress(progress_of(stream, tally, time.perf_counter() - started))
             if stop():
@@ -133,7 +134,7 @@ def run_stream(
         clock = time.perf_counter()
         decoded = decoding.finish()
         tally.seconds[-1:] = [last + time.perf_counter() - clock for last in tally.seconds[-1:]]
-        _show(decoded, video, tally, outputs)
+        _show(decoded, video, tally.shown)
     wall = time.perf_counter() - started
     _write(outputs, tally)
     return report_of(stream, tally, wall, decoding.waited, outputs, predict(stream.cache.spec, setup))
@@ -150,13 +151,13 @@ def _decoding(stream: Stream, overlap: bool, stack: ExitStack) -> DecodeAhead | 
     return watch
 
 
-def _show(chunks: list[Chunk], video: VideoWriter | None, tally: Tally, outputs: Outputs) -> None:
+def _show(chunks: list[Chunk], video: VideoWriter | None, shown: Shown | None) -> None:
     """Pixels that have come, into the video and, for the contact sheet, aside."""
     for chunk in chunks:
         if chunk.pixels is None:
             continue
-        if outputs.sheet:
-            tally.pixels.append(chunk.pixels[0].cpu())
+        if shown is not None:
+            shown.add(chunk.pixels[0])
         if video:
             video.write(chunk.pixels[0])
 
@@ -197,8 +198,9 @@ def _place(stream: Stream, tally: Tally) -> str:
 
 
 def _write(outputs: Outputs, tally: Tally) -> None:
-    if outputs.sheet and tally.pixels:
-        contact_sheet([(outputs.label, torch.cat(tally.pixels))], outputs.sheet, scale=max(1, outputs.scale // 2))
+    if outputs.sheet and tally.shown is not None and tally.shown.numbers:
+        rows, scale = [(outputs.label, tally.shown.video())], max(1, outputs.scale // 2)
+        contact_sheet(rows, outputs.sheet, scale=scale, numbers=tally.shown.numbers)
     if outputs.latents and tally.latents:
         partial = partial_path(outputs.latents)
         try:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ispa_deploy.budget import Budget
 from ispa_deploy.errors import InputError
 from ispa_deploy.media.output import output_path
+from ispa_deploy.media.sheet import Shown
 from ispa_deploy.memory import held_bytes
 from ispa_deploy.stream import Chunk, Stream
 
@@ -58,12 +59,12 @@ class Progress:
 
 @dataclass
 class Tally:
-    """What is measured while the stream runs."""
+    """What is measured while the stream runs, and what the outputs need of it; `shown`: on a contact sheet."""
 
     seconds: list[float] = field(default_factory=list)
     kv_bytes: list[int] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
-    pixels: list[Tensor] = field(default_factory=list)
+    shown: Shown | None = None
     delta_modes: list[str] = field(default_factory=list)
     held: dict[str, int] = field(default_factory=dict)
     frames: int = 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from ispa_deploy.errors import InputError, RunError
 from ispa_deploy.media import sheet, video
 from ispa_deploy.media.image import read_image
-from ispa_deploy.media.sheet import contact_sheet
+from ispa_deploy.media.sheet import Shown, contact_sheet
 from ispa_deploy.media.video import VideoWriter, read_video
 
 # Two roundings (limited-range YUV and back) and the encoder's own loss on flat colour; 2.5 measured.
@@ -260,6 +260,32 @@ def test_sheet_draws_the_number_of_each_frame(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", spy)
     contact_sheet([("row", flat(8, 8))], tmp_path / "s.png", columns=3)
     assert drawn == ["row", "0", "3", "6"]
+
+
+@pytest.mark.parametrize("chunks", [(1, 4, 4, 8, 12, 3), (32,), (1,) * 32])
+@pytest.mark.parametrize("columns", [1, 5, 40])
+def test_a_sheet_of_frames_as_they_come_is_that_of_the_video(
+    tmp_path: Path, rng: torch.Generator, chunks: tuple[int, ...], columns: int
+) -> None:
+    pixels = torch.rand(32, 3, 8, 8, generator=rng)
+    shown = Shown(32, columns)
+    for chunk in pixels.split(chunks):
+        shown.add(chunk)
+        assert len(shown.numbers) <= columns + 1, "memory must not grow with the video"
+    contact_sheet([("x", pixels)], tmp_path / "whole.png", columns=columns)
+    contact_sheet([("x", shown.video())], tmp_path / "kept.png", columns=columns, numbers=shown.numbers)
+    assert (tmp_path / "kept.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+
+
+def test_a_sheet_of_a_video_that_ends_early_has_its_last_frame(rng: torch.Generator) -> None:
+    pixels = torch.rand(20, 3, 8, 8, generator=rng)
+    shown = Shown(101, 5)
+    for chunk in pixels.split(10):
+        shown.add(chunk)
+    assert shown.numbers == (0, 19)
+    assert torch.equal(shown.video(), pixels[[0, 19]])
+    shown.add(torch.zeros(10, 3, 8, 8))
+    assert shown.numbers == (0, 25, 29)
 
 
 def test_sheet_refuses_no_columns(tmp_path: Path) -> None:

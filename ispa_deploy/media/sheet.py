@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ispa_deploy.errors import InputError, RunError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 GAP = 2  # pixels between pictures
 MARGIN = 12  # pixels around the sheet, and between rows
 MAX_TILE = 320  # pixels; wider pictures are shrunk, or a sheet of 480p video would be 10,000 pixels wide
+COLUMNS = 12  # frames of a row
 INK, FAINT, GROUND = "#222222", "#888888", "#ffffff"
 
 
@@ -42,11 +44,53 @@ class _Row:
         return len(self.tiles) * (width + GAP) - GAP, height
 
 
-def contact_sheet(rows: Sequence[tuple[str, Tensor]], path: str | Path, *, columns: int = 12, scale: int = 2) -> Path:
+@dataclass
+class Shown:
+    """The frames of a video of `frames` that a contact sheet shows, taken as they come: no others are held.
+
+    Of a video that ends early they are those up to there, and its last one.
+    """
+
+    frames: int
+    columns: int = COLUMNS
+    _kept: dict[int, Tensor] = field(default_factory=dict)
+    _seen: int = 0
+
+    def add(self, pixels: Tensor) -> None:
+        """The next frames of the video, (F, 3, H, W) on any device."""
+        if not len(pixels):
+            return
+        wanted = {*_spaced(self.frames, self.columns), self._seen + len(pixels) - 1}
+        if self._seen - 1 not in wanted:
+            self._kept.pop(self._seen - 1, None)  # the last one so far
+        for index in range(len(pixels)):
+            if self._seen + index in wanted:
+                self._kept[self._seen + index] = pixels[index].to("cpu", copy=True)
+        self._seen += len(pixels)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Which frames they are."""
+        return tuple(self._kept)
+
+    def video(self) -> Tensor:
+        """(F, 3, H, W), those frames."""
+        return torch.stack(list(self._kept.values()))
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Tensor]],
+    path: str | Path,
+    *,
+    columns: int = COLUMNS,
+    scale: int = 2,
+    numbers: Sequence[int] | None = None,
+) -> Path:
     """Write a PNG with one row per (label, video) and return its path.
 
     A video is (F, 3, H, W) floats in [0, 1]; `columns` frames of it are shown, evenly spaced, the first and the last
-    included, each with its number. Pixels are repeated `scale` times; wider than 320 pixels, a picture is shrunk.
+    included, each with its number, which `numbers` tells of videos that are not whole. Pixels are repeated `scale`
+    times; wider than 320 pixels, a picture is shrunk.
     InputError: not a `.png` name, its folder is missing or not writable. RunError: the disk does not take the file.
     """
     if columns < 1 or scale < 1:
@@ -55,7 +99,7 @@ def contact_sheet(rows: Sequence[tuple[str, Tensor]], path: str | Path, *, colum
     assert rows, "a contact sheet needs a row"
     partial = partial_path(target)
     try:
-        _sheet([_row(label, video, columns, scale) for label, video in rows]).save(partial, format="PNG")
+        _sheet([_row(label, video, columns, scale, numbers) for label, video in rows]).save(partial, format="PNG")
         os.replace(partial, target)
     except OSError as error:
         raise RunError(f"contact sheet '{target}' could not be written: {error.strerror or error}") from error
@@ -65,21 +109,26 @@ def contact_sheet(rows: Sequence[tuple[str, Tensor]], path: str | Path, *, colum
     return target
 
 
-def _row(label: str, video: Tensor, columns: int, scale: int) -> _Row:
+def _spaced(frames: int, columns: int) -> tuple[int, ...]:
+    """Numbers of at most `columns` frames, evenly spaced."""
+    return tuple(int(n) for n in np.linspace(0, frames - 1, min(columns, frames)).round())
+
+
+def _row(label: str, video: Tensor, columns: int, scale: int, known_as: Sequence[int] | None) -> _Row:
     """Pick the frames and make their pictures."""
     from PIL import Image
 
     frames, colours, *size = video.shape
     assert frames, "a row of the contact sheet needs a frame"
     assert (colours, len(size)) == (3, 2), f"expected (F, 3, H, W), got {tuple(video.shape)}"
-    numbers = tuple(int(n) for n in np.linspace(0, frames - 1, min(columns, frames)).round())
+    numbers = _spaced(frames, columns)
     height, width = size[0] * scale, size[1] * scale
     small = (MAX_TILE, max(1, round(height * MAX_TILE / width)))
     tiles = []
     for picture in to_uint8(video[list(numbers)]):
         tile = Image.fromarray(picture.repeat(scale, axis=0).repeat(scale, axis=1))
         tiles.append(tile.resize(small, Image.Resampling.LANCZOS) if width > MAX_TILE else tile)
-    return _Row(label, numbers, tuple(tiles))
+    return _Row(label, numbers if known_as is None else tuple(known_as[n] for n in numbers), tuple(tiles))
 
 
 def _sheet(rows: Sequence[_Row]) -> Image:
