@@ -102,13 +102,13 @@ def test_a_long_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest
     folder, out = tmp_path / "parts", tmp_path / "out.json"
     flags = ["--pairs", "2", "--batch", "1", "--parts", str(folder), "--json", str(out)]
     assert long_w8a8.main(["--chunks", "5", *flags, "--stop-after", "0.001"]) == 3
-    assert [path.name for path in folder.iterdir()] == ["float32-00000.json"]
+    assert [path.name for path in folder.iterdir()] == ["float32-5-00000.json"]
     assert long_w8a8.main(["--chunks", "5", *flags]) in (0, 1)
     assert len(list(folder.iterdir())) == 4
     made = json.loads(out.read_text())["metrics"]["flicker"]
-    kept = json.loads((folder / "float32-00001.json").read_text())
+    kept = json.loads((folder / "float32-5-00001.json").read_text())
     kept["rows"][0]["flicker"] += 1.0
-    (folder / "float32-00001.json").write_text(json.dumps(kept))
+    (folder / "float32-5-00001.json").write_text(json.dumps(kept))
     long_w8a8.main(["--chunks", "5", *flags])
     assert json.loads(out.read_text())["metrics"]["flicker"]["full"] == pytest.approx(made["full"] + 0.5)
     with pytest.raises(SystemExit, match="made with"):
