@@ -86,7 +86,7 @@ app = typer.Typer(
 # What typer raises for a command line it cannot read; the base class has no public name in all of its versions.
 UsageError: type[Any] = typer.BadParameter.__bases__[0]
 INTERRUPTED = 130
-MID_LAYERS = 4  # layers of the mid geometry that `profile` times: each costs the same, and the demo has minutes
+MID_LAYERS = 6  # of the mid geometry that `profile` times: halves and thirds are whole, and the demo has minutes
 MID_LAYERS_NARROW = 2  # without AVX512 bfloat16 is emulated: the same minutes are fewer layers
 
 

@@ -15,7 +15,7 @@ from ispa_deploy.errors import InputError, RunError, known_names
 from ispa_deploy.linear import Linear
 from ispa_deploy.model import CausalWanDiT
 from ispa_deploy.options import StreamOptions
-from ispa_deploy.precision import BITS, PART, check_bits
+from ispa_deploy.precision import PART, check_bits
 from ispa_deploy.profile.compare import Configuration, compare
 from ispa_deploy.profile.geometries import GEOMETRIES, random_model
 from ispa_deploy.profile.lane import Opener
@@ -59,8 +59,6 @@ class Compared:
 
     def applied(self, runs: Sequence[Configuration]) -> list[Configuration]:
         """The runs with what is asked of all of them."""
-        if self.last_pass_bits == BITS[0]:
-            return list(runs)
         return [replace(run, options=replace(run.options, last_pass_bits=self.last_pass_bits)) for run in runs]
 
 
@@ -85,13 +83,12 @@ def configurations(
 def by_pass(runs: Sequence[Configuration]) -> list[Configuration]:
     """Where one denoising pass stands for all of a chunk: those before the last, whose activations have 8 bits. What
     the last one takes has a run of its own, where a third of the layers is a third and its activations have 16 bits."""
-    found = []
+    spec, found = runs[0].model.spec, []
+    if len(spec.steps) > 1:
+        return list(runs)
     for run in runs:
-        if len(run.model.spec.steps) > 1:
-            return list(runs)
         found.append(replace(run, options=replace(run.options, last_pass_bits=8)))
-        wide = run.options.last_pass_bits == BITS[0]
-        if run.name == "ispa+w8a8" and run.model.spec.layers % PART == 0 and wide:
+        if run.name == "ispa+w8a8" and spec.layers % PART == 0 and run.options.last_pass_bits > 8:
             found.append(replace(run, name=f"{run.name}{LAST_PASS}", starts=False))
     return found
 

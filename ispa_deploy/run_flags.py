@@ -132,7 +132,7 @@ class CacheFlags:
 
 
 @dataclass(frozen=True)
-class PrecisionFlags:
+class LastPassFlags:
     """8-bit linears."""
 
     last_pass_bits: LastPassOpt = 16
@@ -169,7 +169,7 @@ class SpeechFlags:
 
 
 @dataclass(frozen=True)
-class StreamFlags(SpeechFlags, KreaFlags, PrecisionFlags, CacheFlags, AbsorptionFlags, VideoFlags):
+class StreamFlags(SpeechFlags, KreaFlags, LastPassFlags, CacheFlags, AbsorptionFlags, VideoFlags):
     """How the model streams; the last base's flags come first. Each field is one of `StreamOptions`."""
 
     def options(self) -> StreamOptions:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ispa_deploy.errors import InputError, IspaError
 from ispa_deploy.passes import Norm
 from quant import kernels_cpu, kernels_cuda, kernels_float8, kernels_packages
-from quant.kernels_wide import Wide, Widening
+from quant.kernels_wide import Wide, WideBase
 from quant.primitives import FLOAT8, ZERO_POINT, Activations, int_matmul, quantise_as, quantise_fixed
 
 # Kernels that hold the same codes and take the same activations; a layer belongs to one family.
@@ -141,7 +141,7 @@ def wide_form(kernel: Kernel) -> Wide | None:
     """The kernel that multiplies what `kernel` packed by activations of 16 bits; None where there is none."""
     if kernel is kernels_cpu.ONEDNN_STATIC:  # its product takes one scale for all rows
         kernel = kernels_cpu.ONEDNN
-    return Wide(kernel) if isinstance(kernel, Widening) else None
+    return Wide(kernel) if isinstance(kernel, WideBase) else None
 
 
 def resident_count() -> int:

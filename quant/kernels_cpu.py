@@ -185,14 +185,8 @@ class _CpuKernel(BaseKernel):
         """The codes themselves."""
         return packed
 
-    def multiply(
-        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        """See `quant.kernels.Kernel`."""
-        raise NotImplementedError
-
     def quantise_wide(self, x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `quant.kernels_wide.Widening`."""
+        """See `quant.kernels_wide.WideBase`."""
         if self.unsigned and elementwise.applies(x, x.shape[-1], wide=True):
             return elementwise.quantise_wide(x, factor)
         codes = torch.empty(len(x), 2 * x.shape[1], dtype=torch.uint8 if self.unsigned else torch.int8)
@@ -206,7 +200,7 @@ class _CpuKernel(BaseKernel):
     def multiply_wide(
         self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """See `quant.kernels_wide.Widening`."""
+        """See `quant.kernels_wide.WideBase`."""
         y = torch.empty(len(codes), len(column), dtype=dtype)
         bias = None if bias is None else bias.to(torch.float32)
         for start in range(0, len(codes), WIDE_STEP):

@@ -40,20 +40,14 @@ class _CudaKernel(StoredKernel):
         """See `quant.kernels.Kernel`."""
         return quantise_rows(x, factor) if step is None else quantise_fixed(x, step, factor)
 
-    def multiply(
-        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        """See `quant.kernels.Kernel`."""
-        raise NotImplementedError
-
     def quantise_wide(self, x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `quant.kernels_wide.Widening`."""
+        """See `quant.kernels_wide.WideBase`."""
         return quantise_wide_rows(x, factor)
 
     def multiply_wide(
         self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """See `quant.kernels_wide.Widening`."""
+        """See `quant.kernels_wide.WideBase`."""
         pairs = codes.view(2 * len(codes), -1)
         product = self.multiply(pairs, scale.new_ones(len(pairs), 1), packed, column, None, torch.float32)
         with region("linear.dequantise"):

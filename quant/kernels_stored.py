@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from quant.primitives import Activations
@@ -25,6 +26,12 @@ class BaseKernel:
     def fits(self, features: int, outputs: int) -> bool:
         """Every shape with something in it."""
         return features > 0 and outputs > 0
+
+    def multiply(
+        self, codes: Tensor, scale: Tensor, packed: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """See `quant.kernels.Kernel`: each kernel's own."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from quant.primitives import Activations
 
 
 @runtime_checkable
-class Widening(Protocol):
+class WideBase(Protocol):
     """An int8 kernel (see `quant.kernels.Kernel`) that also takes rows of two codes."""
 
     @property
@@ -44,7 +44,7 @@ class Widening(Protocol):
 class Wide:
     """An int8 kernel on twice the rows."""
 
-    base: Widening
+    base: WideBase
 
     @property
     def activations(self) -> Activations:

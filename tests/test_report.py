@@ -33,7 +33,7 @@ from ispa_deploy.profile.lane import Lane, open_lane, record_blocks, take_turn
 from ispa_deploy.profile.paper import PAPER
 from ispa_deploy.profile.recorder import CLOCKS, CpuRecorder
 from ispa_deploy.profile.report import Bench, report_of
-from ispa_deploy.profile.table import grid
+from ispa_deploy.profile.table import explanations, grid
 from ispa_deploy.profile.terminal import fitted, terminal
 from ispa_deploy.profile.trace import NAMES, TRACKS, decode, encode, trace
 from ispa_deploy.profile.windows import _verdict
@@ -341,6 +341,16 @@ def test_a_last_pass_is_shown_and_makes_no_headline(document: dict[str, Any]) ->
     assert f"{runs[1]['speedup']:.2f}×" in first
     assert "9.00×" not in first
     assert "ISPA + W8A8, last pass" in text
+
+
+@pytest.mark.parametrize(("passes", "wide", "told"), [(2, 0, True), (2, 1, False), (5, 0, False)])
+def test_one_pass_that_is_not_a_chunks_last_is_told(
+    document: dict[str, Any], passes: int, wide: int, told: bool
+) -> None:
+    report = document["reports"][0]
+    report["model"]["passes"] = passes
+    report["runs"][1].update(scheme="w8a8-int8", wide_layers=wide)
+    assert any("--last-pass-bits" in line for line in explanations(report)) == told
 
 
 def test_moments_are_missed_only_where_they_were_not_kept(document: dict[str, Any]) -> None:

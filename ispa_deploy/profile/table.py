@@ -170,10 +170,16 @@ def setting_sentences(report: Report) -> list[str]:
 
 
 def _eight_bit_sentences(report: Report) -> list[str]:
+    """What is to be known of the 8-bit runs: that their one pass is not a chunk's last, that they gained nothing."""
     eight = [run for run in report["runs"] if run["scheme"] != "none" and not run["name"].endswith(LAST_PASS)]
     idle = [run for run in eight if run["linear_speedup"] is not None and run["linear_speedup"] < GAIN]
     width = report["model"]["geometry"]["dim"]
-    return [
+    one = report["model"]["passes"] == 2 and eight and not any(run.get("wide_layers", 1) for run in eight)
+    said = [
+        "The one denoising pass of the 8-bit runs has activations of 8 bits, as all but the last of a chunk; in that "
+        "one the last third of the layers takes 16 (--last-pass-bits)."
+    ]
+    return (said if one else []) + [
         f"At this width ({width}) 8 bits gain nothing: the linear layers of '{run['name']}' ran at "
         f"{run['linear_speedup']:.2f}x of the baseline's speed; what is saved is memory."
         for run in idle[-1:]

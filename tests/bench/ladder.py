@@ -1,4 +1,4 @@
-"""`python -m tests.bench.ladder [mid] [--shared] [--rounds N]`: from the published loop to everything, step by step.
+"""`python -m tests.bench.ladder [mid] [--shared] [--rounds N] [--passes N]`: from the published loop, step by step.
 
     A  the published loop in plain PyTorch (tests/bench/published.py)
     B  our full cache, same dtype
@@ -7,8 +7,8 @@
     E  all layers local with one recent chunk (ratio 1), 8-bit linear layers
     C8 and D8  C and D with keys, values and full layers' attention in 8 bits
     F  D8 with three quarters of the layers local (ratio 0.75)
-    D+ D whose denoising pass is a chunk's last one, with 16-bit activations in the last third of the layers; in the
-       others it is one of those before, as three of four are
+    D+ D with 16-bit activations in the last third of the layers in a chunk's last denoising pass, which of one pass
+       is the only one; in the other rungs no pass is a last one (`--passes 4`: what they cost a chunk of four)
 
 Steady chunks on pre-filled caches with random weights. Every round runs each of them once plain and once recorded, in
 rotating order; a ratio is the median over rounds of the ratio of neighbours. Exits 1 when a ratio misses its bar.
@@ -71,12 +71,15 @@ class Rung:
                     self.chunk_ms.append(stopwatch(self.step, device, clock))
 
 
-def rungs(geometry: str, device: str, rounds: int, layers: int | None, dtype: torch.dtype) -> list[Rung]:
+def rungs(
+    geometry: str, device: str, rounds: int, layers: int | None, dtype: torch.dtype, passes: int | None = None
+) -> list[Rung]:
     """A to F, C8, D8 and D+, each with its first chunk behind it."""
     scheme, line = quant.resolve("w8a8", device)
     print(line, flush=True)
     spec = GEOMETRIES[geometry]
-    model = random_model(replace(spec, layers=layers or spec.layers), dtype, device)
+    steps = tuple(1000 - 1000 * n // passes for n in range(passes)) if passes else spec.steps
+    model = random_model(replace(spec, layers=layers or spec.layers, steps=steps), dtype, device)
     eight = copy.deepcopy(model)
     quant.quantise_(eight, scheme)
     half = StreamOptions(policy="absorb", ratio=0.5, last_pass_bits=8)
@@ -155,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, help="fewer layers than the geometry has, for a quick look")
+    parser.add_argument("--passes", type=int, help="denoising passes of a chunk; default: the geometry's")
     parser.add_argument("--shared", action="store_true", help="busy machine: one thread, its CPU time")
     arguments = parser.parse_args(argv)
     if arguments.shared:
@@ -163,17 +167,19 @@ def main(argv: list[str] | None = None) -> int:
         quant.tune_allocator()
     clock = CLOCKS["cpu" if arguments.shared else "wall"]
     dtype = getattr(torch, arguments.dtype)
-    made = rungs(arguments.geometry, arguments.device, arguments.rounds, arguments.layers, dtype)
+    made = rungs(arguments.geometry, arguments.device, arguments.rounds, arguments.layers, dtype, arguments.passes)
     for number in range(arguments.rounds):
         for offset in range(len(made)):
             made[(number + offset) % len(made)].run(clock, number % 2 == 1)
     found = results(made)
+    flags = (f" --passes {arguments.passes}" if arguments.passes else "") + (" --shared" if arguments.shared else "")
     print(table(found))
     document = {
         "schema_version": 1,
-        "command": f"python -m tests.bench.ladder {arguments.geometry}{' --shared' if arguments.shared else ''}",
+        "command": f"python -m tests.bench.ladder {arguments.geometry}{flags}",
         "env": environment(torch.device(arguments.device)),
         "layers": made[0].model.spec.layers,
+        "passes": len(made[0].model.spec.steps),
         "dtype": arguments.dtype,
         "rounds": arguments.rounds,
         **found,
