@@ -129,9 +129,9 @@ class Stages(Protocol):
 
 
 def _modulation(rows: int, dim: int) -> nn.Parameter:
-    """(1, rows, dim), variance 1 / dim. No numbers on `meta`, where a division would load torch's compiler."""
-    drawn = torch.randn(1, rows, dim)
-    return nn.Parameter(drawn if drawn.is_meta else drawn / dim**0.5)
+    """(1, rows, dim), variance 1 / dim. No numbers on `meta`: drawing them loads sympy, dividing the compiler."""
+    drawn = torch.empty(1, rows, dim)
+    return nn.Parameter(drawn if drawn.is_meta else drawn.normal_() / dim**0.5)
 
 
 class Block(nn.Module):
